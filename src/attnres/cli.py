@@ -1,0 +1,79 @@
+"""The command line. Exit status 2 for bad usage, 1 for a failure, 0 otherwise."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from .errors import Failure, UsageError
+from .version import __version__
+
+# command: (module that has `run(argv)`, what the command does)
+COMMANDS = {
+    "compare": ("attnres.commands.compare", "train residual connections side by side and report on them"),
+    "train": ("attnres.commands.train", "train one model, or resume it"),
+    "generate": ("attnres.commands.generate", "continue a text with a trained model"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("attnres").setLevel(logging.INFO)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0 if arguments else 2
+    if arguments[0] in ("-V", "--version"):
+        print(f"attnres {__version__}")
+        return 0
+    try:
+        return _command(arguments[0])(arguments[1:]) or 0
+    except Exception as error:
+        if debug:
+            raise
+        status, message = _explain(error)
+        print(f"attnres {arguments[0]}: {message}", file=sys.stderr)
+        return status
+    except KeyboardInterrupt:
+        print(f"attnres {arguments[0]}: stopped", file=sys.stderr)
+        return 130
+
+
+def _command(name: str) -> Any:
+    if name not in COMMANDS:
+        raise UsageError(f"there is no such command; there are {', '.join(COMMANDS)}")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        return importlib.import_module(COMMANDS[name][0]).run
+    except ModuleNotFoundError as error:
+        raise Failure(
+            f"needs the package {error.name}, which is not installed; run pip install 'attnres[train]'"
+        ) from error
+
+
+def _explain(error: Exception) -> tuple[int, str]:
+    if isinstance(error, UsageError):
+        return 2, str(error)
+    if isinstance(error, Failure):
+        return 1, str(error)
+    return 1, f"unexpected {type(error).__name__}: {error}; run again with --debug for the traceback"
+
+
+def _usage() -> str:
+    rows = "\n".join(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items())
+    return (
+        "usage: attnres COMMAND [--help] [--debug] ...\n\n"
+        "Attention Residuals: train, compare and use language models whose layers attend over depth.\n\n"
+        f"{rows}\n\nattnres COMMAND --help lists every flag with its type and default."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,9 @@
+"""The two ways a run ends early: the user's input is wrong, or the environment failed."""
+
+
+class UsageError(ValueError):
+    """Bad input: the message names the argument and the mend. The command line exits with status 2."""
+
+
+class Failure(RuntimeError):
+    """The environment failed (disk full, damaged file, diverged loss). The command line exits with status 1."""

@@ -1,0 +1,1 @@
+"""Experiments: runs as data, results as JSON, figures from results."""

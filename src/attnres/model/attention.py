@@ -1,0 +1,105 @@
+"""Causal self-attention with grouped key-value heads and rotary positions, through torch's
+scaled_dot_product_attention.
+
+Shape suffixes: B batch, T tokens, S keys, H query heads, K key-value heads, E head width, D model width.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .config import DecoderConfig
+
+
+class Cache(Protocol):
+    """Keys and values of earlier tokens; Hugging Face's caches have this interface too."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Appends [B, K, T, E] keys and values of an attention layer; returns all of them, [B, K, S, E]."""
+        ...
+
+    def get_seq_length(self) -> int:
+        """Tokens held."""
+        ...
+
+
+def sdpa(layer: "Attention", q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of a layer's rotated queries over all keys and values, [B, T, H, E]."""
+    o_BHTE = F.scaled_dot_product_attention(
+        q_BHTE,
+        k_BKSE,
+        v_BKSE,
+        attn_mask=mask,
+        is_causal=mask is None and q_BHTE.shape[2] > 1,
+        enable_gqa=q_BHTE.shape[1] != k_BKSE.shape[1],
+    )
+    return o_BHTE.transpose(1, 2)
+
+
+class Context(NamedTuple):
+    """What attention layers need to know beside their input.
+
+    cos, sin: [B or 1, T, E] rotary factors; mask: boolean [T, S], True where a query may look, or None for plain causal
+    attention over the T tokens themselves; cache: keys and values of earlier tokens, or None; attend: what computes
+    attention, with the signature of `sdpa` (another one may want masks of another kind).
+    """
+
+    cos: Tensor
+    sin: Tensor
+    mask: Any = None
+    cache: Cache | None = None
+    attend: Callable[["Attention", Tensor, Tensor, Tensor, Any], Tensor] = sdpa
+
+
+class Attention(nn.Module):
+    """One attention layer: its input norm and four projections. `layer_idx` counts attention layers, for the cache.
+
+    The attributes are named as the attention functions of Hugging Face read them.
+    """
+
+    is_causal = True
+
+    def __init__(self, config: DecoderConfig, layer_idx: int) -> None:
+        super().__init__()
+        assert config.head_dim is not None and config.num_key_value_heads is not None
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        queries = config.num_attention_heads * config.head_dim
+        keys = config.num_key_value_heads * config.head_dim
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+
+    def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
+        """The layer's output [B, T, D] for its already normalised input [B, T, D]."""
+        q_BHTE, k_BKTE, v_BKTE = (
+            projection(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q_BHTE, k_BKTE = rotate(q_BHTE, context), rotate(k_BKTE, context)
+        if context.cache is not None:
+            k_BKTE, v_BKTE = context.cache.update(k_BKTE, v_BKTE, self.layer_idx)
+        o_BTHE = context.attend(self, q_BHTE, k_BKTE, v_BKTE, context.mask)
+        return self.o_proj(o_BTHE.flatten(2))
+
+
+def rotary_factors(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin [..., T, head_dim] in fp32 for positions [..., T]; the two halves of a head rotate together."""
+    frequencies = theta ** -(torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    angles = positions.unsqueeze(-1).float() * frequencies
+    angles = torch.cat([angles, angles], -1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(heads: Tensor, context: Context) -> Tensor:
+    """Applies rotary positions to heads [B, H, T, E]."""
+    cos, sin = context.cos.unsqueeze(1).to(heads.dtype), context.sin.unsqueeze(1).to(heads.dtype)
+    first, second = heads.chunk(2, -1)
+    return heads * cos + torch.cat([-second, first], -1) * sin

@@ -1,0 +1,124 @@
+"""A decoder-only Transformer as a loop over its residual connection.
+
+Choices: pre-normalised attention and SwiGLU layers in turn, RMSNorm with weights, rotary positions, grouped-query
+attention, no biases, tied embeddings by default. The decoder never asks which mechanism its residual is; it hands over
+each layer's norm, so that a mechanism can fuse it, and runs the layer on what comes back.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..errors import UsageError
+from ..residual import State
+from .attention import Attention, Cache, Context, rotary_factors
+from .config import DecoderConfig
+from .feed_forward import FeedForward
+
+
+class Backbone(nn.Module):
+    """A decoder without its output head: token embedding, layers, residual connection, final norm.
+
+    `add_modules` makes them, and not `__init__`, because a Hugging Face model has an `__init__` of its own.
+    """
+
+    config: DecoderConfig
+    checkpointing = False
+
+    def add_modules(self, config: DecoderConfig) -> None:
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.residual = config.build_residual()
+        self.layers = nn.ModuleList(
+            layer
+            for block in range(config.num_hidden_layers)
+            for layer in (Attention(config, block), FeedForward(config))
+        )
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def hidden(
+        self, embedding: Tensor, context: Context, observe: Callable[[State, int], None] | None = None
+    ) -> Tensor:
+        """The final norm's output [B, T, D] for token embeddings [B, T, D].
+
+        observe: called before every Transformer block with the state that it reads and its first layer's index.
+        """
+        state = self.residual.start(stream_dtype(embedding))
+        for first in range(0, len(self.layers), 2):
+            if observe is not None:
+                observe(state, first)
+            if self.checkpointing and torch.is_grad_enabled():
+                state = checkpoint(self.transformer_block, state, first, context, use_reentrant=False)
+            else:
+                state = self.transformer_block(state, first, context)
+        return self.residual.finish(state, self.norm)
+
+    def transformer_block(self, state: State, first: int, context: Context) -> State:
+        """Runs the attention layer `first` and the MLP after it."""
+        for i in (first, first + 1):
+            layer = self.layers[i]
+            x, state = self.residual.read(state, i, layer.norm)  # type: ignore[arg-type]
+            state = self.residual.write(state, i, layer(x, context))
+        return state
+
+    def enable_checkpointing(self, enabled: bool = True) -> None:
+        """Recompute each Transformer block in the backward pass instead of keeping its activations."""
+        self.checkpointing = self.residual.lean = enabled
+
+
+class Decoder(Backbone):
+    """Language model: token ids [B, T] -> logits [B, T, vocab_size].
+
+    Args:
+        config: the shape; config.residual names the residual connection.
+        seed: of the initial weights. Equal seeds give equal weights to everything that two mechanisms share.
+    """
+
+    def __init__(self, config: DecoderConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.add_modules(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        init_weights(self, seed)
+
+    def forward(self, input_ids: Tensor, cache: Cache | None = None) -> Tensor:
+        """Logits [B, T, vocab_size] for token ids [B, T]; with a cache the tokens follow those that it holds."""
+        if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+            raise UsageError(f"input_ids must be token ids of shape [batch, tokens]; it is {list(input_ids.shape)}")
+        context = self.context(input_ids.shape[1], input_ids.device, cache)
+        return self.lm_head(self.hidden(self.embed_tokens(input_ids), context))
+
+    def context(self, tokens: int, device: torch.device, cache: Cache | None = None) -> Context:
+        """Positions and mask for `tokens` new tokens after those in the cache."""
+        past = 0 if cache is None else cache.get_seq_length()
+        positions = torch.arange(past, past + tokens, device=device)
+        assert self.config.head_dim is not None
+        cos, sin = rotary_factors(positions[None], self.config.head_dim, self.config.rope_theta)
+        mask = None
+        if past and tokens > 1:
+            mask = torch.arange(past + tokens, device=device) <= positions[:, None]
+        return Context(cos, sin, mask, cache)
+
+
+def stream_dtype(embedding: Tensor) -> Tensor:
+    """The embedding in the dtype in which layers add to the stream: autocast's, where it is on."""
+    device = embedding.device.type
+    return embedding.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else embedding
+
+
+def init_weights(decoder: Decoder, seed: int) -> None:
+    """Every initial value: normal matrices and embeddings, unit norms, the residual's own for its parameters."""
+    generator = torch.Generator(decoder.embed_tokens.weight.device) if not decoder.embed_tokens.weight.is_meta else None
+    if generator is not None:
+        generator.manual_seed(seed)
+    for module in (decoder.embed_tokens, *decoder.layers.modules(), decoder.norm):
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=decoder.config.initializer_range, generator=generator)
+        elif isinstance(module, nn.RMSNorm):
+            nn.init.ones_(module.weight)
+    if not decoder.config.tie_word_embeddings:
+        nn.init.normal_(decoder.lm_head.weight, std=decoder.config.initializer_range, generator=generator)
+    decoder.residual.reset_parameters()

@@ -1,0 +1,74 @@
+"""Sampling from a decoder, one token at a time, with keys and values of earlier tokens kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..errors import UsageError
+from .decoder import Decoder
+
+
+class KeyValueCache:
+    """Keys and values of every attention layer, [B, K, T, E] each, appended to as tokens come."""
+
+    def __init__(self) -> None:
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        if layer_idx == len(self.keys):
+            self.keys.append(key_states)
+            self.values.append(value_states)
+        else:
+            self.keys[layer_idx] = torch.cat([self.keys[layer_idx], key_states], 2)
+            self.values[layer_idx] = torch.cat([self.values[layer_idx], value_states], 2)
+        return self.keys[layer_idx], self.values[layer_idx]
+
+    def get_seq_length(self) -> int:
+        return self.keys[0].shape[2] if self.keys else 0
+
+
+@torch.inference_mode()
+def generate(
+    model: Decoder,
+    prompt: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    seed: int = 0,
+    end: int | None = None,
+) -> Iterator[int]:
+    """Yields token ids that continue the prompt [T].
+
+    temperature 0 takes the likeliest token; top_k draws from that many likeliest ones; `end` is the id that ends the
+    text. Raises UsageError for an empty prompt, one that leaves no room in the model's context, or settings out of
+    range.
+    """
+    longest = model.config.max_position_embeddings
+    if prompt.dim() != 1 or len(prompt) == 0:
+        raise UsageError("prompt is empty; give at least one token")
+    if len(prompt) + max_new_tokens > longest:
+        raise UsageError(
+            f"prompt and max_new_tokens must fit the model's context of {longest} tokens; "
+            f"they are {len(prompt)} and {max_new_tokens}"
+        )
+    if temperature < 0 or (top_k is not None and top_k < 1) or max_new_tokens < 1:
+        raise UsageError("temperature must be zero or more, top_k and max_new_tokens positive")
+    generator = torch.Generator(prompt.device).manual_seed(seed)
+    cache, tokens = KeyValueCache(), prompt[None]
+    for _ in range(max_new_tokens):
+        logits = model(tokens, cache)[0, -1].float()
+        if temperature == 0:
+            token = int(logits.argmax())
+        else:
+            if top_k is not None and top_k < len(logits):
+                logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
+            token = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
+        if token == end:
+            return
+        yield token
+        tokens = prompt.new_full((1, 1), token)

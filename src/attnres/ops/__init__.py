@@ -1,0 +1,175 @@
+"""Depth attention as functions of tensors.
+
+A read (`depth_attention`) attends over depth at every token; the two phases (`inter_block`, then one `merge` per layer)
+compute the same reads with one pass over the finished blocks. Shapes: D is the width, [...] any leading dimensions
+(batch, tokens), n the number of sources, S the number of queries. Sources are a sequence and are never stacked. bf16,
+fp16, fp32 and fp64; statistics and softmax are fp32 (fp64 for fp64). Every op is differentiable in every tensor
+argument.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .check import check_queries, check_scale, check_sources, check_statistics, check_vectors
+from .dispatch import backend, select, set_backend
+from .reference import Norm
+
+__all__ = [
+    "Norm",
+    "add_norm",
+    "backend",
+    "depth_attention",
+    "inter_block",
+    "inter_block_threaded",
+    "merge",
+    "merge_norm",
+    "read_norm",
+    "read_norm_threaded",
+    "set_backend",
+]
+
+
+def depth_attention(
+    query: Tensor,
+    sources: Sequence[Tensor],
+    key_norm: Tensor,
+    eps: float = 1e-6,
+    return_weights: bool = False,
+    *,
+    scale: float = 1.0,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """One read: h = scale * sum_i softmax_i(query . RMSNorm(v_i)) v_i  (paper section 2, full attention over depth).
+
+    Args:
+        query: the layer's pseudo-query, [D].
+        sources: n tensors [..., D] of one shape, dtype and device: the embedding and the earlier outputs or blocks.
+        key_norm: weight of the RMSNorm on the keys, [D]. Values stay un-normalised.
+        eps: added to the mean square of a source before the root.
+        return_weights: also return the softmax weights [n, ...] (fp32, fp64 for fp64 inputs; without gradient on the
+            fast backends).
+        scale: multiplies the result; n puts a read on the scale of a plain residual sum.
+
+    Returns h [..., D] in the dtype of the sources, or (h, weights). Raises ValueError naming the argument that does not
+    fit.
+    """
+    check_sources(sources)
+    check_vectors(sources[0].shape[-1], sources[0].device, query=query, key_norm=key_norm)
+    check_scale(eps, scale)
+    return select(sources[0], len(sources)).depth_attention(
+        query, sources, key_norm, eps, return_weights=return_weights, scale=scale
+    )
+
+
+def inter_block(
+    queries: Tensor, sources: Sequence[Tensor], key_norms: Tensor, eps: float = 1e-6
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Phase 1: all S reads of a block over the finished blocks at once (paper section 4).
+
+    Args:
+        queries, key_norms: [S, D], one row a layer of the block.
+        sources: n finished blocks [..., D] of one shape, dtype and device.
+
+    Returns (out, lse): S normalised reads [..., D] in the dtype of the sources, and S log-sum-exps of their logits
+    [...] in fp32 (fp64 for fp64 inputs). Raises ValueError naming the argument that does not fit.
+    """
+    check_sources(sources)
+    check_queries(queries, key_norms, sources[0].shape[-1], sources[0].device)
+    check_scale(eps)
+    return select(sources[0], len(sources)).inter_block(queries, sources, key_norms, eps)
+
+
+def merge(
+    query: Tensor,
+    partial: Tensor,
+    key_norm: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    eps: float = 1e-6,
+    *,
+    scale: float = 1.0,
+) -> Tensor:
+    """Phase 2 for one layer: joins the block's partial sum to phase 1's read by online softmax (paper section 4).
+
+    Args:
+        query, key_norm: [D], the layer's own.
+        partial: sum of the block's layers so far, [..., D].
+        out, lse: this layer's entries of `inter_block`, [..., D] and [...].
+        scale: multiplies the result, as in `depth_attention`.
+
+    Returns h [..., D], equal to depth_attention over the finished blocks and the partial sum. Raises ValueError naming
+    the argument that does not fit.
+    """
+    check_sources([partial, out], "(partial, out)")
+    check_vectors(partial.shape[-1], partial.device, query=query, key_norm=key_norm)
+    check_statistics(lse, out)
+    check_scale(eps, scale)
+    return select(partial).merge(query, partial, key_norm, out, lse, eps, scale=scale)
+
+
+def read_norm(
+    query: Tensor,
+    sources: Sequence[Tensor],
+    key_norm: Tensor,
+    eps: float,
+    *,
+    scale: float = 1.0,
+    norm: Norm | None = None,
+) -> Tensor:
+    """`depth_attention` followed by the RMSNorm `norm` = (weight [D] or None, eps), fused where the backend can."""
+    check_sources(sources)
+    check_vectors(sources[0].shape[-1], sources[0].device, query=query, key_norm=key_norm)
+    return select(sources[0], len(sources)).read_norm(query, sources, key_norm, eps, scale=scale, norm=norm)
+
+
+def merge_norm(
+    query: Tensor,
+    partial: Tensor | None,
+    update: Tensor,
+    key_norm: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    eps: float,
+    *,
+    scale: float = 1.0,
+    norm: Norm | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Adds `update` to `partial` (None: the block's first output), merges, normalises: one launch on a GPU.
+
+    Returns (the new partial sum [..., D], RMSNorm(h) or h [..., D]).
+    """
+    check_sources([update, out] if partial is None else [partial, update, out], "(partial, update, out)")
+    check_vectors(update.shape[-1], update.device, query=query, key_norm=key_norm)
+    check_statistics(lse, out)
+    return select(update).merge_norm(query, partial, update, key_norm, out, lse, eps, scale=scale, norm=norm)
+
+
+def add_norm(stream: Tensor, update: Tensor, *, norm: Norm | None = None) -> tuple[Tensor, Tensor]:
+    """The standard residual's step: (stream + update, its RMSNorm), fused where the backend can."""
+    check_sources([stream, update], "(stream, update)")
+    return select(stream).add_norm(stream, update, norm=norm)
+
+
+def inter_block_threaded(
+    queries: Tensor, sources: Sequence[Tensor], key_norms: Tensor, eps: float
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """`inter_block` that also hands the sources on. Later readers take the returned ones: a source's gradient then runs
+    through its readers as a chain and is written once a block, instead of being summed by autograd once a layer."""
+    check_sources(sources)
+    check_queries(queries, key_norms, sources[0].shape[-1], sources[0].device)
+    return select(sources[0], len(sources)).inter_block_threaded(queries, sources, key_norms, eps)
+
+
+def read_norm_threaded(
+    query: Tensor,
+    sources: Sequence[Tensor],
+    key_norm: Tensor,
+    eps: float,
+    *,
+    scale: float = 1.0,
+    norm: Norm | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """`read_norm` that also hands the sources on, for the same reason as `inter_block_threaded`."""
+    check_sources(sources)
+    check_vectors(sources[0].shape[-1], sources[0].device, query=query, key_norm=key_norm)
+    return select(sources[0], len(sources)).read_norm_threaded(query, sources, key_norm, eps, scale=scale, norm=norm)

@@ -1,0 +1,57 @@
+"""What every depth-attention op asks of its arguments: one sentence each, before any work starts."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def check_sources(sources: Sequence[Tensor], name: str = "sources") -> None:
+    """Raises ValueError unless there is a source and all agree in shape, floating dtype and device."""
+    if isinstance(sources, Tensor):
+        raise ValueError(f"{name} must be a sequence of tensors, not one tensor; pass list(tensor) or [tensor]")
+    if len(sources) == 0:
+        raise ValueError(f"{name} is empty; a read needs at least one source, the embedding")
+    first = sources[0]
+    if first.dim() == 0 or not first.is_floating_point():
+        raise ValueError(f"{name} must be floating-point tensors of shape [..., dim]; {name}[0] is {_say(first)}")
+    for i, source in enumerate(sources):
+        if source.shape != first.shape or source.dtype != first.dtype or source.device != first.device:
+            raise ValueError(
+                f"{name} must share one shape, dtype and device; {name}[0] is {_say(first)} "
+                f"but {name}[{i}] is {_say(source)}"
+            )
+
+
+def check_vectors(dim: int, device: object, leading: tuple[int, ...] = (), **vectors: Tensor) -> None:
+    """Raises ValueError unless every named tensor has shape (*leading, dim) and lives on `device`."""
+    for name, vector in vectors.items():
+        if tuple(vector.shape) != (*leading, dim) or vector.device != device:
+            expected = "x".join(map(str, (*leading, dim)))
+            raise ValueError(
+                f"{name} must have shape {expected} and be on {device}, as the sources are; it is {_say(vector)}"
+            )
+
+
+def check_queries(queries: Tensor, key_norms: Tensor, dim: int, device: object) -> None:
+    """Raises ValueError unless queries and key_norms are both [S, dim] with S >= 1, on `device`."""
+    if queries.dim() != 2 or queries.shape[0] == 0:
+        raise ValueError(f"queries must have shape [num_queries, dim] with at least one query; it is {_say(queries)}")
+    check_vectors(dim, device, (queries.shape[0],), queries=queries, key_norms=key_norms)
+
+
+def check_statistics(lse: Tensor, out: Tensor) -> None:
+    """Raises ValueError unless lse has one entry per token of out, on the same device."""
+    if lse.shape != out.shape[:-1] or lse.device != out.device:
+        raise ValueError(f"lse must have shape {list(out.shape[:-1])}, that of out without its last; it is {_say(lse)}")
+
+
+def check_scale(eps: float, scale: float = 1.0) -> None:
+    """Raises ValueError for a negative eps or a scale that is not positive."""
+    if not eps >= 0:
+        raise ValueError(f"eps must be zero or positive; it is {eps}")
+    if not scale > 0:
+        raise ValueError(f"scale must be positive; it is {scale}")
+
+
+def _say(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}".removeprefix("torch.")

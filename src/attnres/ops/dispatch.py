@@ -1,0 +1,91 @@
+"""Which backend runs an op: the choice, its announcement, and the override, in one place.
+
+    reference   plain PyTorch, autograd through everything; any device, any dtype
+    eager       gradient written by hand; any device, any dtype; what "auto" takes without a GPU
+    triton      fused kernels on CUDA; bf16, fp16, fp32
+
+"auto" takes triton for CUDA tensors that its kernels support and eager elsewhere. Under torch.compile on a CPU it takes
+the reference, which Inductor fuses better than opaque steps. ATTNRES_BACKEND sets the choice at import.
+"""
+
+import importlib.util
+import logging
+import os
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import eager, reference
+
+NAMES = ("auto", "reference", "eager", "triton")
+MAX_TRITON_WIDTH = 8192
+MAX_TRITON_SOURCES = 256
+
+_log = logging.getLogger("attnres")
+_announced: set[str] = set()
+_choice = "auto"
+
+
+def set_backend(name: str) -> None:
+    """Chooses the backend of every depth-attention op: "auto", "reference", "eager" or "triton".
+
+    Raises ValueError for an unknown name, or for "triton" where Triton is not installed.
+    """
+    global _choice
+    if name not in NAMES:
+        raise ValueError(f"backend must be one of {', '.join(NAMES)}; it is {name!r}")
+    if name == "triton" and not triton_installed():
+        raise ValueError("backend 'triton' needs Triton, which is not installed; use 'auto' or install triton")
+    _choice = name
+
+
+def backend() -> str:
+    """The backend in force, as given to set_backend or ATTNRES_BACKEND."""
+    return _choice
+
+
+@cache
+def triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def select(source: Tensor, num_sources: int = 1) -> Any:
+    """The backend module that serves a call whose sources look like `source`."""
+    name = _choice
+    if name == "auto":
+        name = _automatic(source, num_sources)
+        _announce(name, source)
+    return _module(name)
+
+
+def _automatic(source: Tensor, num_sources: int) -> str:
+    if (
+        source.is_cuda
+        and triton_installed()
+        and source.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and source.shape[-1] <= MAX_TRITON_WIDTH
+        and num_sources <= MAX_TRITON_SOURCES
+    ):
+        return "triton"
+    return "reference" if torch.compiler.is_compiling() else "eager"
+
+
+def _module(name: str) -> ModuleType:
+    if name == "triton":
+        from . import triton
+
+        return triton
+    return eager if name == "eager" else reference
+
+
+def _announce(name: str, source: Tensor) -> None:
+    if torch.compiler.is_compiling() or name in _announced:
+        return
+    _announced.add(name)
+    _log.info("depth attention runs on the %s backend (%s, %s)", name, source.device.type, source.dtype)
+
+
+set_backend(os.environ.get("ATTNRES_BACKEND", "auto"))

@@ -1,0 +1,107 @@
+"""Depth attention with its gradient written by hand: the fast form without a compiler, for CPUs above all.
+
+With u = w * g, r_i = rsqrt(mean(v_i^2) + eps), z_i = <u, v_i>, p = softmax(z * r) and h = s * sum_i p_i v_i:
+
+    ds_i = p_i (s <dh, v_i> - sum_j p_j s <dh, v_j>)           gradient of the logit
+    dv_i = s p_i dh + ds_i r_i u - (ds_i z_i r_i^3 / D) v_i
+    du   = sum_i sum_tokens ds_i r_i v_i
+
+Autograd over the reference writes a dozen [T, D] temporaries per source; this writes one, its gradient. Everything is
+computed in the statistics dtype (fp32, or fp64 for fp64 inputs); only per-token scalars and the sources are saved.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .reference import (
+    Norm,
+    add_norm,
+    inter_block,
+    inter_block_threaded,
+    merge,
+    merge_norm,
+    rms_norm,
+    statistics_dtype,
+)
+
+__all__ = [
+    "add_norm",
+    "depth_attention",
+    "inter_block",
+    "inter_block_threaded",
+    "merge",
+    "merge_norm",
+    "read_norm",
+    "read_norm_threaded",
+]
+
+
+class _DepthAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, folded: Tensor, eps: float, scale: float, *sources: Tensor) -> tuple[Tensor, Tensor]:
+        dim, dtype = folded.numel(), folded.dtype
+        with torch.autocast(folded.device.type, enabled=False):
+            values = [source.to(dtype) for source in sources]
+            dots = torch.stack([v @ folded for v in values])
+            norms = torch.stack([torch.linalg.vector_norm(v, dim=-1) for v in values])
+            rstds = torch.rsqrt(norms.square_() / dim + eps)
+            weights = (dots * rstds).softmax(0)
+            scaled = (weights * scale).unsqueeze(-1)
+            h = values[0] * scaled[0]
+            for v, p in zip(values[1:], scaled[1:], strict=True):
+                h.addcmul_(v, p)
+        ctx.scale = scale
+        ctx.save_for_backward(folded, dots, rstds, weights, *sources)
+        ctx.mark_non_differentiable(weights)
+        return h.to(sources[0].dtype), weights
+
+    @staticmethod
+    def backward(ctx: Any, dh: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        folded, dots, rstds, weights, *sources = ctx.saved_tensors
+        dim, dtype = folded.numel(), folded.dtype
+        with torch.autocast(folded.device.type, enabled=False):
+            dh = dh.to(dtype)
+            values = [source.to(dtype) for source in sources]
+            da = torch.stack([torch.linalg.vecdot(v, dh) for v in values]) * ctx.scale
+            dlogits = weights * (da - (weights * da).sum(0))
+            along_query = dlogits * rstds
+            along_value = (along_query * dots * rstds.square() / -dim).unsqueeze(-1)
+            scaled = (weights * ctx.scale).unsqueeze(-1)
+            dfolded = torch.zeros_like(folded)
+            dsources = []
+            for i, v in enumerate(values):
+                rows = v.reshape(-1, dim)
+                dfolded.addmv_(rows.T, along_query[i].reshape(-1))
+                dv = (dh * scaled[i]).addcmul_(v, along_value[i]).reshape(-1, dim)
+                dv.addr_(along_query[i].reshape(-1), folded)
+                dsources.append(dv.view_as(v).to(sources[i].dtype))
+        return dfolded, None, None, *dsources
+
+
+def depth_attention(
+    query: Tensor,
+    sources: Sequence[Tensor],
+    key_norm: Tensor,
+    eps: float = 1e-6,
+    return_weights: bool = False,
+    *,
+    scale: float = 1.0,
+) -> Tensor | tuple[Tensor, Tensor]:
+    dtype = statistics_dtype(sources[0].dtype)
+    h, weights = _DepthAttention.apply(query.to(dtype) * key_norm.to(dtype), eps, scale, *sources)
+    return (h, weights) if return_weights else h
+
+
+def read_norm(
+    query: Tensor, sources: Sequence[Tensor], key_norm: Tensor, eps: float, *, scale: float, norm: Norm | None
+) -> Tensor:
+    return rms_norm(depth_attention(query, sources, key_norm, eps, scale=scale), norm)  # type: ignore[arg-type]
+
+
+def read_norm_threaded(
+    query: Tensor, sources: Sequence[Tensor], key_norm: Tensor, eps: float, *, scale: float, norm: Norm | None
+) -> tuple[Tensor, list[Tensor]]:
+    return read_norm(query, sources, key_norm, eps, scale=scale, norm=norm), list(sources)

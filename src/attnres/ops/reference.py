@@ -1,0 +1,127 @@
+"""Depth attention in plain PyTorch: the truth that every faster backend is tested against.
+
+    logit_i = <w * g, v_i> * rsqrt(mean(v_i^2) + eps)        (equal to w . RMSNorm_g(v_i), without building the key)
+    h       = scale * sum_i softmax_i(logit) v_i
+
+Runs on any device and dtype. Statistics and softmax are fp32, or fp64 for fp64 inputs. Sources are never stacked and
+normalised keys are never materialised. Autograd differentiates through everything. Paper: sections 2 and 4 (Full
+AttnRes and the two-phase computation), arXiv 2603.15031.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Norm = tuple[Tensor | None, float]
+"""The RMSNorm that follows a read: (weight [D] or None, eps)."""
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which logits, softmax and sums over depth are computed for tensors of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def logits(query: Tensor, sources: Sequence[Tensor], key_norm: Tensor, eps: float) -> Tensor:
+    """Attention logits over depth: query, key_norm [D], sources n x [..., D] -> [n, ...]."""
+    dtype = statistics_dtype(sources[0].dtype)
+    folded = query.to(dtype) * key_norm.to(dtype)
+    rows = []
+    for source in sources:
+        v = source.to(dtype)
+        rows.append((v * folded).sum(-1) * torch.rsqrt(v.square().mean(-1) + eps))
+    return torch.stack(rows)
+
+
+def mix(weights: Tensor, sources: Sequence[Tensor]) -> Tensor:
+    """sum_i weights[i] * sources[i], summed in the statistics dtype and returned in the dtype of the sources."""
+    total = weights[0].unsqueeze(-1) * sources[0].to(weights.dtype)
+    for weight, source in zip(weights[1:], sources[1:], strict=True):
+        total = total + weight.unsqueeze(-1) * source.to(weights.dtype)
+    return total.to(sources[0].dtype)
+
+
+def depth_attention(
+    query: Tensor,
+    sources: Sequence[Tensor],
+    key_norm: Tensor,
+    eps: float = 1e-6,
+    return_weights: bool = False,
+    *,
+    scale: float = 1.0,
+) -> Tensor | tuple[Tensor, Tensor]:
+    weights = logits(query, sources, key_norm, eps).softmax(0)
+    h = mix(weights * scale, sources)
+    return (h, weights) if return_weights else h
+
+
+def inter_block(
+    queries: Tensor, sources: Sequence[Tensor], key_norms: Tensor, eps: float = 1e-6
+) -> tuple[list[Tensor], list[Tensor]]:
+    outs, lses = [], []
+    for query, key_norm in zip(queries, key_norms, strict=True):
+        scores = logits(query, sources, key_norm, eps)
+        lses.append(scores.logsumexp(0))
+        outs.append(mix(scores.softmax(0), sources))
+    return outs, lses
+
+
+def merge(
+    query: Tensor,
+    partial: Tensor,
+    key_norm: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    eps: float = 1e-6,
+    *,
+    scale: float = 1.0,
+) -> Tensor:
+    weight = torch.sigmoid(logits(query, [partial], key_norm, eps)[0] - lse)
+    return mix(torch.stack([1 - weight, weight]) * scale, [out, partial])
+
+
+def rms_norm(h: Tensor, norm: Norm | None) -> Tensor:
+    """RMSNorm over the last dimension with the pair (weight, eps); None leaves h as it is."""
+    if norm is None:
+        return h
+    weight, eps = norm
+    return torch.nn.functional.rms_norm(h, h.shape[-1:], None if weight is None else weight.to(h.dtype), eps)
+
+
+def read_norm(
+    query: Tensor, sources: Sequence[Tensor], key_norm: Tensor, eps: float, *, scale: float, norm: Norm | None
+) -> Tensor:
+    return rms_norm(depth_attention(query, sources, key_norm, eps, scale=scale), norm)  # type: ignore[arg-type]
+
+
+def merge_norm(
+    query: Tensor,
+    partial: Tensor | None,
+    update: Tensor,
+    key_norm: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    eps: float,
+    *,
+    scale: float,
+    norm: Norm | None,
+) -> tuple[Tensor, Tensor]:
+    partial = update if partial is None else partial + update
+    return partial, rms_norm(merge(query, partial, key_norm, out, lse, eps, scale=scale), norm)
+
+
+def add_norm(stream: Tensor, update: Tensor, *, norm: Norm | None) -> tuple[Tensor, Tensor]:
+    stream = stream + update
+    return stream, rms_norm(stream, norm)
+
+
+def inter_block_threaded(
+    queries: Tensor, sources: Sequence[Tensor], key_norms: Tensor, eps: float
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    return *inter_block(queries, sources, key_norms, eps), list(sources)
+
+
+def read_norm_threaded(
+    query: Tensor, sources: Sequence[Tensor], key_norm: Tensor, eps: float, *, scale: float, norm: Norm | None
+) -> tuple[Tensor, list[Tensor]]:
+    return read_norm(query, sources, key_norm, eps, scale=scale, norm=norm), list(sources)

@@ -1,0 +1,99 @@
+"""What a residual connection is: how information travels over depth. Four verbs, and a network is a loop over them.
+
+    state = residual.start(embedding)
+    for i, layer in enumerate(layers):              # a layer is one attention or one MLP, norm included
+        h, state = residual.read(state, i)          # what layer i sees
+        state = residual.write(state, i, layer(h))  # what layer i adds
+    hidden = residual.finish(state)                 # what the final norm sees
+
+The state is an immutable value, a NamedTuple of tensors and so a pytree. Nothing hides in the module between calls:
+that is what lets checkpointing, torch.compile, CUDA graphs and pipeline stages work without special cases.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from ..ops import Norm
+from ..ops.reference import rms_norm
+
+State = Any
+"""A mechanism's own NamedTuple of tensors."""
+
+
+class Residual(nn.Module, ABC):
+    """Base of every mechanism.
+
+    Args:
+        dim: width D of the residual stream.
+        num_layers: L, where every attention and every MLP is one layer (a Transformer block has two).
+
+    `read` and `finish` take the norm that follows, so that a mechanism can fuse it; the result is then the normalised
+    one. `lean` is set by whoever stores states between layers (activation checkpointing, pipeline hops): a lean state
+    holds what cannot be recomputed and nothing else.
+    """
+
+    decoder_options: dict[str, Any] = {}
+    """Options with which the decoder builds this mechanism unless its config says otherwise."""
+
+    def __init__(self, dim: int, num_layers: int) -> None:
+        super().__init__()
+        for name, value in (("dim", dim), ("num_layers", num_layers)):
+            if not isinstance(value, int) or value < 1:
+                raise UsageError(f"{name} must be a positive whole number; it is {value!r}")
+        self.dim = dim
+        self.num_layers = num_layers
+        self.lean = False
+
+    @abstractmethod
+    def start(self, embedding: Tensor) -> State:
+        """The state before the first layer. embedding: [..., D]."""
+
+    @abstractmethod
+    def read(self, state: State, layer: int, norm: nn.Module | None = None) -> tuple[Tensor, State]:
+        """What layer `layer` (0-based) sees, [..., D], through `norm` if one is given; and the state to go on with."""
+
+    @abstractmethod
+    def write(self, state: State, layer: int, output: Tensor) -> State:
+        """The state after layer `layer` added its output [..., D]."""
+
+    @abstractmethod
+    def finish(self, state: State, norm: nn.Module | None = None) -> Tensor:
+        """What the output head's norm sees, [..., D], through `norm` if one is given."""
+
+    @abstractmethod
+    def latest(self, state: State) -> Tensor:
+        """The tensor that holds the last written output, [..., D]: the stream, the partial sum or the output itself."""
+
+    def reset_parameters(self) -> None:
+        """Sets every parameter to its value at the start of training."""
+
+    def read_flops(self, layer: int) -> int:
+        """Forward floating-point operations per token of the read of `layer` (num_layers: the output read)."""
+        return 0
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, num_layers={self.num_layers}"
+
+
+def split_norm(norm: nn.Module | None, dim: int) -> tuple[Norm | None, nn.Module | None]:
+    """(what an op can fold in, what is left to call): one of the two is None, both without a norm.
+
+    A plain torch.nn.RMSNorm over the last dimension is folded unless hooks watch it.
+    """
+    if type(norm) is nn.RMSNorm and norm.normalized_shape == (dim,) and norm.eps is not None and not _hooked(norm):
+        return (norm.weight, norm.eps), None
+    return None, norm
+
+
+def normed(h: Tensor, norm: nn.Module | None) -> Tensor:
+    """h [..., D] through the norm, if there is one."""
+    fold, rest = split_norm(norm, h.shape[-1])
+    result: Tensor = rms_norm(h, fold) if rest is None else rest(h)
+    return result
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)

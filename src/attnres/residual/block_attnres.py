@@ -1,0 +1,167 @@
+"""Block AttnRes: attention over the sums of blocks of layers (paper sections 3 and 4).
+
+The L layers form N blocks of S layers. b_0 is the embedding, b_n the sum of block n's layer outputs. The first layer of
+block n attends over [b_0 .. b_{n-1}], a later one also over the block's partial sum. Memory and pipeline traffic are
+O(N D) a token instead of O(L D), and about eight blocks keep most of the gain.
+
+Two schedules give the same function. Layer by layer: each read attends over all its sources. Two-phase: pseudo-queries
+do not depend on activations, so when a block begins one pass over the finished blocks serves all its layers, and each
+layer then merges the one source that is new, the partial sum.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from .. import ops
+from ..errors import UsageError
+from .attention import DepthAttention
+from .base import normed, split_norm
+from .registry import register
+
+
+class BlockState(NamedTuple):
+    """The value that travels from layer to layer.
+
+    blocks: finished blocks, the embedding first, each [..., D]; partial: sum of the present block's outputs, None at
+    its start;
+    update: a layer output not yet added to it (two-phase only); outs, lses: phase 1's results for the layers of the
+    present block that have not read yet (two-phase only).
+    """
+
+    blocks: tuple[Tensor, ...]
+    partial: Tensor | None
+    update: Tensor | None
+    outs: tuple[Tensor, ...]
+    lses: tuple[Tensor, ...]
+
+
+@register("block_attnres")
+class BlockAttnRes(DepthAttention):
+    """Block AttnRes.
+
+    Args:
+        dim: width D.
+        num_layers: L; every attention and every MLP is one layer.
+        block_size: S, layers in a block; the last block is shorter if L % S != 0.
+        num_blocks: N, at most L; blocks have L // N layers and the last takes the remainder too. The default is 8, or L
+            if that is less. Give one of the two, not both. N = L is Full AttnRes; N = 1 the plain sum with the
+            embedding apart.
+        eps: of the key norm.
+        stream_scale: multiply each read by its number of sources. At zero queries a read is then the plain residual sum
+            itself and not its mean, so that the eps of the norm that follows never bites (the decoder's default).
+        schedule: "layerwise", "two_phase", or "auto": two-phase on CUDA unless the state must stay lean, else
+        layerwise.
+
+    Raises UsageError for sizes that are not positive, more blocks than layers, or both sizes given.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_layers: int,
+        *,
+        block_size: int | None = None,
+        num_blocks: int | None = None,
+        eps: float = 1e-6,
+        stream_scale: bool = False,
+        schedule: str = "auto",
+    ) -> None:
+        super().__init__(dim, num_layers, eps, stream_scale, schedule)
+        self.block_starts = block_starts(num_layers, block_size, num_blocks)
+        ends = (*self.block_starts[1:], num_layers)
+        self._block_of = [n for n, end in enumerate(ends) for _ in range(self.block_starts[n], end)]
+        self._block_end = dict(zip(self.block_starts, ends, strict=True))
+
+    @property
+    def num_blocks(self) -> int:
+        """N, without the embedding."""
+        return len(self.block_starts)
+
+    def start(self, embedding: Tensor) -> BlockState:
+        return BlockState((embedding,), None, None, (), ())
+
+    def read(self, state: BlockState, layer: int, norm: nn.Module | None = None) -> tuple[Tensor, BlockState]:
+        if self._starts_block(layer):
+            blocks = self.sources(state, layer)
+            if layer == self.num_layers or len(blocks) == 1 or not self.two_phase(blocks[0]):
+                x, blocks = self.single_read(blocks, layer, norm)
+                return x, BlockState(blocks, None, None, (), ())
+            return self._open_block(blocks, layer, norm)
+        if state.outs:
+            return self._merge(state, layer, norm)
+        x, sources = self.single_read(self.sources(state, layer), layer, norm)
+        return x, BlockState(sources[:-1], sources[-1], None, (), ())
+
+    def write(self, state: BlockState, layer: int, output: Tensor) -> BlockState:
+        if state.outs:  # the next read adds it, in the same pass as the merge
+            return state._replace(update=output)
+        return state._replace(partial=_plus(state.partial, output))
+
+    def latest(self, state: BlockState) -> Tensor:
+        return self.sources(state, self.num_layers)[-1]
+
+    def finish(self, state: BlockState, norm: nn.Module | None = None) -> Tensor:
+        return self.read(state, self.num_layers, norm)[0]
+
+    def sources(self, state: BlockState, layer: int) -> tuple[Tensor, ...]:
+        partial = state.partial if state.update is None else _plus(state.partial, state.update)
+        return state.blocks if partial is None else (*state.blocks, partial)
+
+    def num_sources(self, layer: int) -> int:
+        if layer == self.num_layers:
+            return self.num_blocks + 1
+        return self._block_of[layer] + (1 if self._starts_block(layer) else 2)
+
+    def _starts_block(self, layer: int) -> bool:
+        return layer == self.num_layers or layer in self._block_end
+
+    def _open_block(self, blocks: tuple[Tensor, ...], layer: int, norm: nn.Module | None) -> tuple[Tensor, BlockState]:
+        rows = slice(layer, self._block_end[layer])
+        outs, lses, handed_on = ops.inter_block_threaded(self.pseudo_query[rows], blocks, self.key_norm[rows], self.eps)
+        h = outs[0] * self.scale(len(blocks)) if self.stream_scale else outs[0]
+        state = BlockState(tuple(handed_on), None, None, tuple(outs[1:]), tuple(lses[1:]))
+        return normed(h, norm), state
+
+    def _merge(self, state: BlockState, layer: int, norm: nn.Module | None) -> tuple[Tensor, BlockState]:
+        update = state.update
+        assert update is not None, f"layer {layer - 1} has not written yet"
+
+        fold, rest = split_norm(norm, self.dim)
+        partial, x = ops.merge_norm(
+            self.pseudo_query[layer],
+            state.partial,
+            update,
+            self.key_norm[layer],
+            state.outs[0],
+            state.lses[0],
+            self.eps,
+            scale=self.scale(len(state.blocks) + 1),
+            norm=fold,
+        )
+        return normed(x, rest), BlockState(state.blocks, partial, None, state.outs[1:], state.lses[1:])
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, block_starts={self.block_starts}"
+
+
+def block_starts(num_layers: int, block_size: int | None, num_blocks: int | None) -> tuple[int, ...]:
+    """First layer of every block, from one of the two sizes."""
+    if block_size is not None and num_blocks is not None:
+        raise UsageError(f"give block_size or num_blocks, not both; they are {block_size} and {num_blocks}")
+    for name, value in (("block_size", block_size), ("num_blocks", num_blocks)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise UsageError(f"{name} must be a positive whole number; it is {value!r}")
+    if block_size is not None:
+        return tuple(range(0, num_layers, block_size))
+    count = min(8, num_layers) if num_blocks is None else num_blocks
+    if count > num_layers:
+        raise UsageError(f"num_blocks must be at most the number of layers, {num_layers}; it is {count}")
+    size = num_layers // count
+    return tuple(range(0, size * count, size))
+
+
+def _plus(partial: Tensor | None, output: Tensor) -> Tensor:
+    return output if partial is None else partial + output

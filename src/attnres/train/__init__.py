@@ -1,0 +1,1 @@
+"""Training: corpora, optimizers, checkpoints and the loop."""

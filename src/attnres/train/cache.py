@@ -1,0 +1,72 @@
+"""Files that are whole and synced, or not there at all: the one way into the cache folder."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+from filelock import FileLock
+
+from ..errors import Failure
+
+T = TypeVar("T")
+
+
+def cached(path: Path, load: Callable[[Path], T | None], write: Callable[[BinaryIO], object]) -> T:
+    """What `load` reads from the cache entry `path`; where that is None (missing, damaged), `write` builds it first.
+
+    One process builds while others wait. The entry is written under another name, synced and renamed, so a kill at any
+    moment leaves it whole or absent. Raises Failure where the folder cannot be written or the disk is full.
+    """
+    if (value := load(path)) is not None:
+        return value
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # The operating system frees this lock when its holder dies, so a killed build blocks nobody.
+        with FileLock(f"{path}.lock"):
+            if (value := load(path)) is not None:
+                return value
+            for left_by_a_killed_build in path.parent.glob(f".{path.name}.*.partial"):
+                left_by_a_killed_build.unlink(missing_ok=True)
+            write_whole(path, write)
+    if (value := load(path)) is None:
+        raise Failure(f"{path} was just written but does not read back; check the disk or set ATTNRES_CACHE elsewhere")
+    return value
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Has `write` fill a file, which then takes the name `path` at once, synced; OSErrors come out as they are."""
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        with open(unfinished, "w+b") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    if os.name == "posix":  # the new name itself is durable only once the folder is synced
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_text(file: BinaryIO, text: str) -> None:
+    """Writes `text` as UTF-8."""
+    file.write(text.encode())
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A context in which what the system refuses is a Failure that names `path` and the mend."""
+    try:
+        yield
+    except (OSError, NotImplementedError) as error:  # filelock raises the latter on file systems without locks
+        reason = getattr(error, "strerror", None) or error
+        raise Failure(f"cannot write {path} ({reason}); free space or use another folder (ATTNRES_CACHE)") from error

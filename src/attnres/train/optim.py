@@ -1,0 +1,259 @@
+"""AdamW, or Muon for the hidden matrices with AdamW for the rest, and the learning rate over a run.
+
+Muon orthogonalises the update of a matrix, which is meant for weights that map hidden states to hidden states. The
+embedding, the output head, everything that is not a linear layer's matrix and all that a residual mechanism owns stay
+with AdamW. The update is scaled by 0.2 sqrt(max(rows, columns)), so that its RMS is that of AdamW and both can
+share one learning rate (Moonlight, arXiv 2502.16982, section 2.2).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from ..residual.base import Residual
+
+OptimizerName = Literal["adamw", "muon"]
+ScheduleName = Literal["cosine", "wsd", "constant"]
+
+
+@dataclass
+class OptimConfig:
+    """How a run is optimised. Values outside their range are refused with a UsageError."""
+
+    optimizer: OptimizerName = "adamw"
+    """adamw: all parameters under AdamW. muon: Muon for the matrices of hidden layers, AdamW for the rest."""
+
+    lr: float = 3e-3
+    """Highest learning rate, reached at the end of the warm-up; > 0, per optimizer step."""
+
+    muon_lr: float | None = None
+    """Highest learning rate of Muon's matrices, > 0; None: the same as lr. Only with the muon optimizer."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay of the running mean and mean square of the gradient, per step; each in [0, 1)."""
+
+    eps: float = 1e-8
+    """Added to the denominator of AdamW's update; > 0."""
+
+    weight_decay: float = 0.1
+    """Decoupled weight decay of linear layers' matrices and embeddings, times the learning rate per step; >= 0."""
+
+    schedule: ScheduleName = "cosine"
+    """After the warm-up: cosine falls all along, wsd stays and falls linearly in the last part, constant stays."""
+
+    warmup_steps: int | None = None
+    """Steps of linear warm-up, >= 0 and fewer than the run has; None: a tenth of the run, at most 100 steps."""
+
+    final_lr_fraction: float = 0.1
+    """Learning rate at the end of the cosine or wsd schedule, as a fraction of the highest; 0 to 1."""
+
+    decay_fraction: float = 0.2
+    """Length of the decay of the wsd schedule, as a fraction of all steps; above 0, to 1."""
+
+    clip: float | None = 1.0
+    """Largest global L2 norm of the gradient, > 0; longer ones are scaled down to it. None: no clipping."""
+
+    def __post_init__(self) -> None:
+        _require(self, "optimizer", _one_of(OptimizerName), f"one of {', '.join(get_args(OptimizerName))}")
+        _require(self, "schedule", _one_of(ScheduleName), f"one of {', '.join(get_args(ScheduleName))}")
+        _require(self, "lr", _positive, "a positive number such as 3e-3")
+        _require(self, "muon_lr", lambda x: x is None or _positive(x), "a positive number, or None for that of lr")
+        _require(self, "betas", lambda x: len(x) == 2 and all(0 <= b < 1 for b in x), "two numbers in [0, 1)")
+        _require(self, "eps", _positive, "a positive number such as 1e-8")
+        _require(self, "weight_decay", lambda x: 0 <= x < math.inf, "zero or positive")
+        _require(self, "warmup_steps", lambda x: x is None or _count(x), "a whole number of steps, or None")
+        _require(self, "final_lr_fraction", lambda x: 0 <= x <= 1, "between 0 and 1")
+        _require(self, "decay_fraction", lambda x: 0 < x <= 1, "above 0 and at most 1")
+        _require(self, "clip", lambda x: x is None or _positive(x), "a positive number, or None for no clipping")
+        if self.muon_lr is not None and self.optimizer != "muon":
+            raise UsageError(f"muon_lr is for the muon optimizer, not for {self.optimizer}; leave it out or use muon")
+        beta1, beta2 = self.betas  # a list if the configuration comes from a JSON file
+        self.betas = (beta1, beta2)
+
+
+def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
+    """Learning rate of the update number `step`, counted from 0, of a run of `total_steps`.
+
+    The warm-up is linear and ends at `config.lr`. The decay would reach `final_lr_fraction` at `step == total_steps`,
+    one past the last, and stays there; so no step of the run has rate zero. Raises UsageError for a warm-up that is not
+    shorter than the run.
+    """
+    return config.lr * _schedule(step, total_steps, config)
+
+
+def _schedule(step: int, total_steps: int, config: OptimConfig) -> float:
+    """The learning rate as a fraction of its highest value."""
+    warmup = min(100, total_steps // 10) if config.warmup_steps is None else config.warmup_steps
+    if warmup >= total_steps:
+        raise UsageError(f"warmup_steps must be fewer than the {total_steps} steps of the run; it is {warmup}")
+    if step < warmup:
+        return (step + 1) / warmup
+    if config.schedule == "constant":
+        return 1.0
+    if config.schedule == "cosine":
+        remaining = 0.5 * (1 + math.cos(math.pi * _progress(step, warmup, total_steps)))
+    else:
+        decay_steps = max(1, round(config.decay_fraction * total_steps))
+        remaining = 1 - _progress(step, max(warmup, total_steps - decay_steps), total_steps)
+    return config.final_lr_fraction + (1 - config.final_lr_fraction) * remaining
+
+
+def _progress(step: int, start: int, end: int) -> float:
+    return min(1.0, max(0.0, (step - start) / (end - start)))
+
+
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """The trainable parameters of `model` in groups of one optimizer and one weight decay, each parameter once.
+
+    A group is what torch.optim takes, with `params` as (name, parameter) pairs, and says in `optimizer` whose it is
+    ("adamw" or "muon"). Frozen parameters are left out; a tied embedding counts as an embedding. Raises UsageError if
+    none is left.
+    """
+    hidden, decayed = _matrices(model)
+    members: dict[tuple[str, float], list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            owner = "muon" if config.optimizer == "muon" and parameter in hidden else "adamw"
+            decay = config.weight_decay if parameter in decayed else 0.0
+            members.setdefault((owner, decay), []).append((name, parameter))
+    if not members:
+        raise UsageError("model has no trainable parameters; set requires_grad on those that should learn")
+    rates = {"adamw": config.lr, "muon": config.lr if config.muon_lr is None else config.muon_lr}
+    return [
+        {"optimizer": owner, "params": params, "lr": rates[owner], "initial_lr": rates[owner], "weight_decay": decay}
+        for (owner, decay), params in members.items()
+    ]
+
+
+def _matrices(model: nn.Module) -> tuple[set[nn.Parameter], set[nn.Parameter]]:
+    """The matrices of hidden linear layers; and those with the embeddings and the head, which is all that decays."""
+    linear: set[nn.Parameter] = set()
+    ends: set[nn.Parameter] = set()
+    residual: set[nn.Parameter] = set()
+    for path, module in model.named_modules():
+        matrices = [parameter for parameter in module.parameters(recurse=False) if parameter.dim() == 2]
+        if isinstance(module, Residual):
+            residual.update(module.parameters())
+        elif isinstance(module, nn.Embedding) or path.rpartition(".")[2] == "lm_head":
+            ends.update(matrices)
+        elif isinstance(module, nn.Linear):
+            linear.update(matrices)
+    # a matrix of one row or column is a vector: orthogonalising it would only normalise it
+    hidden = {matrix for matrix in linear - ends - residual if min(matrix.shape) > 1}
+    return hidden, (linear | ends) - residual
+
+
+class Optimizers:
+    """AdamW, and Muon where asked for, behind the interface of one optimizer.
+
+    `by_name` holds the torch optimizers: "adamw", "muon" or both.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], config: OptimConfig) -> None:
+        self.config = config
+        self.by_name: dict[str, torch.optim.Optimizer] = {}
+        for name, build in (("adamw", _adamw), ("muon", _muon)):
+            if own := [group for group in groups if group["optimizer"] == name]:
+                self.by_name[name] = build(own, config)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self.by_name.values() for group in optimizer.param_groups]
+
+    def set_learning_rate(self, step: int, total_steps: int) -> float:
+        """Sets every group's rate for update number `step` (from 0); returns that of AdamW, `learning_rate(...)`."""
+        fraction = _schedule(step, total_steps, self.config)
+        for group in self.param_groups:
+            group["lr"] = group["initial_lr"] * fraction
+        return self.config.lr * fraction
+
+    def clip_gradients(self) -> Tensor:
+        """Scales the gradients down to the global norm `config.clip`; returns their norm before, 0-dim."""
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        if self.config.clip is None:
+            return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        return nn.utils.clip_grad_norm_(parameters, self.config.clip)
+
+    def step(self) -> None:
+        for optimizer in self.by_name.values():
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        for optimizer in self.by_name.values():
+            optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """Optimizer -> parameter name -> its state, live tensors. Rates and decays come from the configuration."""
+        return {
+            name: {
+                parameter_name: dict(optimizer.state.get(parameter, {}))
+                for group in optimizer.param_groups
+                for parameter_name, parameter in zip(group["param_names"], group["params"], strict=True)
+            }
+            for name, optimizer in self.by_name.items()
+        }
+
+    def load_state_dict(self, state_dict: dict[str, dict[str, dict[str, Any]]]) -> None:
+        """Takes over a `state_dict`, whose tensors must not be used elsewhere, on the parameters' devices.
+
+        Raises UsageError if it is for other parameters or another optimizer.
+        """
+        for name in sorted(self.by_name.keys() | state_dict.keys()):
+            saved, own = state_dict.get(name, {}).keys(), self._parameter_names(name)
+            if different := sorted(saved ^ own):
+                where = "saved state only" if different[0] in saved else "model only"
+                raise UsageError(
+                    f"optimizer state does not fit: {name} has {different[0]} in the {where} ({len(different)} such "
+                    "parameters); resume with the model and the optimizer of the checkpoint"
+                )
+        for name, optimizer in self.by_name.items():
+            groups = optimizer.state_dict()["param_groups"]
+            indices = {p: i for group in groups for p, i in zip(group["param_names"], group["params"], strict=True)}
+            state = {indices[parameter]: dict(values) for parameter, values in state_dict[name].items() if values}
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+    def _parameter_names(self, name: str) -> set[str]:
+        groups = self.by_name[name].param_groups if name in self.by_name else []
+        return {parameter_name for group in groups for parameter_name in group["param_names"]}
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizers:
+    """The optimizer of `model`'s trainable parameters; build it after moving the model to its device."""
+    return Optimizers(parameter_groups(model, config), config)
+
+
+def _adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+    devices = {parameter.device.type for group in groups for _, parameter in group["params"]}
+    fused = True if devices <= {"cpu", "cuda"} else None  # None: torch chooses between foreach and a loop
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+
+
+def _muon(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+    return torch.optim.Muon(groups, lr=config.lr, adjust_lr_fn="match_rms_adamw")
+
+
+def _require(config: OptimConfig, name: str, valid: Callable[[Any], bool], expected: str) -> None:
+    value = getattr(config, name)
+    try:
+        accepted = valid(value)
+    except TypeError:
+        accepted = False
+    if not accepted:
+        raise UsageError(f"{name} must be {expected}; it is {value!r}")
+
+
+def _one_of(names: Any) -> Callable[[Any], bool]:
+    return lambda value: value in get_args(names)
+
+
+def _positive(value: float) -> bool:
+    return 0 < value < math.inf
+
+
+def _count(value: int) -> bool:
+    return isinstance(value, int) and value >= 0
