@@ -36,7 +36,7 @@ class DecoderShape:
     tie_word_embeddings: bool = True
     """Use the embedding matrix as output head."""
     initializer_range: float = 0.02
-    """Standard deviation of the initial weights."""
+    """Standard deviation of the initial weights; about 0.7 / sqrt(hidden_size) for small widths."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -124,8 +124,20 @@ class DecoderConfig(DecoderShape):
 
 _PRESETS: dict[str, dict[str, Any]] = {
     # the default of `attnres compare`: minutes on two CPU cores
-    "tiny": {"hidden_size": 128, "num_hidden_layers": 12, "num_attention_heads": 4, "max_position_embeddings": 512},
-    "small": {"hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8, "num_key_value_heads": 4},
+    "tiny": {
+        "hidden_size": 128,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.06,
+    },
+    "small": {
+        "hidden_size": 512,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "initializer_range": 0.03,
+    },
     "medium": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 4},
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -51,13 +52,16 @@ def generate(
     longest = model.config.max_position_embeddings
     if prompt.dim() != 1 or len(prompt) == 0:
         raise UsageError("prompt is empty; give at least one token")
+    if not (0 <= temperature < math.inf) or (top_k is not None and top_k < 1) or max_new_tokens < 1:
+        raise UsageError(
+            "temperature must be zero or more, top_k and the number of new tokens positive; "
+            f"they are {temperature}, {top_k} and {max_new_tokens}"
+        )
     if len(prompt) + max_new_tokens > longest:
         raise UsageError(
-            f"prompt and max_new_tokens must fit the model's context of {longest} tokens; "
-            f"they are {len(prompt)} and {max_new_tokens}"
+            f"prompt and new tokens must fit the model's context of {longest} tokens; they are {len(prompt)} and "
+            f"{max_new_tokens}: shorten the prompt or ask for fewer tokens"
         )
-    if temperature < 0 or (top_k is not None and top_k < 1) or max_new_tokens < 1:
-        raise UsageError("temperature must be zero or more, top_k and max_new_tokens positive")
     generator = torch.Generator(prompt.device).manual_seed(seed)
     cache, tokens = KeyValueCache(), prompt[None]
     for _ in range(max_new_tokens):
@@ -65,9 +69,10 @@ def generate(
         if temperature == 0:
             token = int(logits.argmax())
         else:
-            if top_k is not None and top_k < len(logits):
-                logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
-            token = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
+            likeliest, ids = logits.topk(min(top_k or len(logits), len(logits)))
+            # measured from the likeliest, for a small temperature would overflow
+            chances = ((likeliest - likeliest[0]) / temperature).softmax(-1)
+            token = int(ids[torch.multinomial(chances, 1, generator=generator)])
         if token == end:
             return
         yield token
