@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import attnres
 from attnres.errors import Failure, UsageError
 from attnres.train import tokenizer as tokenizer_module
 from attnres.train.tokenizer import ByteTokenizer, load_tokenizer, load_tokenizer_from
@@ -101,8 +102,11 @@ def test_saved_bytes_mean_the_same_to_transformers(tmp_path):
 
 def test_bytes_need_no_package(tmp_path):
     ByteTokenizer().save(tmp_path)
+    # A package made by hand, since attnres/__init__.py imports torch, which takes seconds and plays no part here.
     program = (
-        "import sys; sys.modules.update(tokenizers=None, datasets=None, rich=None)\n"
+        "import sys, types; sys.modules.update(tokenizers=None, datasets=None, rich=None)\n"
+        "package = sys.modules['attnres'] = types.ModuleType('attnres')\n"
+        f"package.__path__ = {list(attnres.__path__)}\n"
         "from attnres.train.tokenizer import load_tokenizer_from\n"
         f"print(load_tokenizer_from({str(tmp_path)!r}).vocab_size)"
     )

@@ -11,7 +11,8 @@ from ..errors import UsageError
 from ..model import DecoderConfig, preset
 from .optim import OptimConfig
 
-# What may differ between a run and its continuation: none of it changes the loss curve.
+# What may differ between a run and its continuation: none of it changes what is computed. (Another device, or a
+# compiled model, may round differently.)
 FREE_TO_CHANGE = ("out", "log_every", "checkpoint_every", "keep", "workers", "cache_dir", "device", "compile")
 
 
@@ -71,8 +72,13 @@ class RunConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise UsageError(f"{name} must be a positive whole number; it is {value!r}")
-        if self.workers < 0:
-            raise UsageError(f"workers must be zero or more; it is {self.workers}")
+        for name in ("workers", "seed"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name} must be zero or more; it is {getattr(self, name)}")
+        if self.validation_tokens < self.context:
+            raise UsageError(
+                f"validation_tokens must be at least context, {self.context}; it is {self.validation_tokens}"
+            )
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise UsageError(f"precision must be auto, float32 or bfloat16; it is {self.precision!r}")
 

@@ -13,10 +13,7 @@ from ..model import Decoder
 
 @torch.no_grad()
 def first_non_finite(model: Decoder, input_ids: Tensor, context: AbstractContextManager[Any]) -> str:
-    """Runs the batch again and names the first weight, or else the first layer output, that is not finite."""
-    for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
-            return f"the weight {name} is not finite"
+    """Runs the batch again and names the first layer whose output is not finite, and a weight that is not."""
     found: list[str] = []
 
     def watch(name: str) -> Any:
@@ -27,8 +24,7 @@ def first_non_finite(model: Decoder, input_ids: Tensor, context: AbstractContext
         return hook
 
     watched = {"the embedding": model.embed_tokens, "the output head": model.lm_head}
-    for i, layer in enumerate(model.layers):
-        watched[f"layer {i} ({'attention' if i % 2 == 0 else 'MLP'} of Transformer block {i // 2})"] = layer
+    watched |= {_layer(i): layer for i, layer in enumerate(model.layers)}
     handles = [module.register_forward_hook(watch(name)) for name, module in watched.items()]
     try:
         with context:
@@ -36,6 +32,29 @@ def first_non_finite(model: Decoder, input_ids: Tensor, context: AbstractContext
     finally:
         for handle in handles:
             handle.remove()
-    if found:
-        return f"the output of {found[0]} went non-finite first"
-    return "every layer's output is finite, so it arose in the loss or in the backward pass"
+    where = f"the output of {found[0]} went non-finite first" if found else "every layer's output is finite"
+    weight = non_finite_weight(model)
+    return f"{where}; the weight {weight} is not finite" if weight else where
+
+
+def non_finite_weight(model: Decoder) -> str | None:
+    """The name of the first weight that is not finite."""
+    return next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None)
+
+
+def first_non_finite_gradient(model: Decoder) -> str:
+    """Names the last layer with a gradient that is not finite: the backward pass runs from the last to the first."""
+    wrong = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    if not wrong:
+        return "every gradient is finite but their norm overflows"
+    layers = [name for name in wrong if name.startswith("layers.")]
+    after = [name for name in wrong if name.startswith(("norm.", "lm_head."))]
+    if after or not layers:
+        return f"the gradient of {(after or wrong)[-1]} went non-finite first"
+    last = max(int(name.split(".")[1]) for name in layers)
+    name = next(name for name in layers if name.startswith(f"layers.{last}."))
+    return f"the gradient of {_layer(last)} went non-finite first, in its weight {name}"
+
+
+def _layer(index: int) -> str:
+    return f"layer {index} ({'attention' if index % 2 == 0 else 'MLP'} of Transformer block {index // 2})"

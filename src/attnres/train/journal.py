@@ -5,41 +5,44 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ..errors import Failure
+from .event_file import EventFile
 
 
 class Journal:
     """Records of a run in OUT/metrics.jsonl and OUT/tensorboard, progress on stderr.
 
-    A resumed run drops the records after `step`, which its predecessor wrote but whose work was lost.
+    `after` is the step of the checkpoint that the run goes on from, None at its very start: records that a predecessor
+    wrote later are dropped, since their work was lost. Raises Failure where the files cannot be written.
     """
 
-    def __init__(self, out: Path, total_steps: int, step: int, label: str) -> None:
+    def __init__(self, out: Path, total_steps: int, after: int | None, label: str) -> None:
         self.path = out / "metrics.jsonl"
         self.total_steps = total_steps
         self.label = label
-        try:
-            _keep_until(self.path, step)
+        with self._writing():
+            _keep_until(self.path, -1 if after is None else after)
             self._file = self.path.open("a")
-        except OSError as error:
-            raise Failure(f"cannot write {self.path}: {error.strerror}; choose another --out") from error
-        self._board = _tensorboard(out / "tensorboard", step)
-        self._bar = _bar(label, total_steps, step) if sys.stderr.isatty() else None
+            self._board = _board(out / "tensorboard", 0 if after is None else after + 1)
+        self._bar = _bar(label, total_steps, after or 0) if sys.stderr.isatty() else None
 
     def record(self, **values: Any) -> None:
         """One line of metrics.jsonl; every number but the step is also a TensorBoard scalar."""
-        try:
+        with self._writing():
             self._file.write(json.dumps(values) + "\n")
             self._file.flush()
-        except OSError as error:
-            raise Failure(f"cannot write {self.path}: {error.strerror}; free some space and --resume") from error
-        if self._board is not None:
-            for name, value in values.items():
-                if name != "step" and value is not None:
-                    self._board.add_scalar(name, value, values["step"])
+            if self._board is not None:
+                self._board.add(values["step"], {name: value for name, value in values.items() if name != "step"})
+
+    def sync(self) -> None:
+        """Returns once all records are on the disk. A checkpoint must not get there before the records up to it."""
+        with self._writing():
+            os.fsync(self._file.fileno())
 
     def progress(self, step: int, text: str, line: bool) -> None:
         """Moves the bar to `step`; without a terminal prints `text` as a line if `line`."""
@@ -50,16 +53,26 @@ class Journal:
 
     def say(self, text: str) -> None:
         if self._bar is not None:
-            self._bar.console.print(text, highlight=False)
+            self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
         else:
             print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
         if self._bar is not None:
             self._bar.stop()
+        with suppress(OSError):  # a full disk, which the failed record has told
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise Failure(
+                f"cannot write {self.path}: {error.strerror}; make it writable with some space free, then --resume"
+            ) from error
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
@@ -81,12 +94,11 @@ def _keep_until(path: Path, step: int) -> None:
     os.replace(scratch, path)
 
 
-def _tensorboard(folder: Path, step: int) -> Any:
+def _board(folder: Path, purge: int) -> EventFile | None:
     try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
+        return EventFile(folder, purge)
+    except ImportError:  # metrics.jsonl holds the same numbers
         return None
-    return SummaryWriter(folder, purge_step=step + 1)
 
 
 def _bar(label: str, total: int, step: int) -> Any:

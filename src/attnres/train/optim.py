@@ -173,11 +173,15 @@ class Optimizers:
         return self.config.lr * fraction
 
     def clip_gradients(self) -> Tensor:
-        """Scales the gradients down to the global norm `config.clip`; returns their norm before, 0-dim."""
+        """Scales the gradients down to the global norm `config.clip`; returns their norm before, 0-dim.
+
+        Where that is not finite they stay as they are, so that the wrong ones can be found.
+        """
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        if self.config.clip is None:
-            return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        return nn.utils.clip_grad_norm_(parameters, self.config.clip)
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.config.clip is not None and norm.isfinite():
+            nn.utils.clip_grads_with_norm_(parameters, self.config.clip, norm)
+        return norm
 
     def step(self) -> None:
         for optimizer in self.by_name.values():

@@ -1,0 +1,105 @@
+"""The folder of a run: who may write there, its configuration, its weights."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+from ..errors import Failure, UsageError
+from ..model import Decoder
+from . import checkpoint, hardware
+from .config import TrainConfig
+
+
+def check_folder(out: Path, resume: bool) -> None:
+    """Raises UsageError unless `out` holds a run exactly if one is to be resumed, Failure if it is not writable."""
+    exists = os.path.exists(out / "config.json")
+    if exists and not resume:
+        raise UsageError(f"out holds a run already: {out}; pass --resume to go on with it, or another --out")
+    if resume and not exists:
+        raise UsageError(f"nothing to resume in {out}: it has no config.json; leave out --resume to start there")
+    nearest = next(folder for folder in (out, *out.absolute().parents) if os.path.exists(folder))
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
+        raise Failure(f"cannot write {out}: {nearest} is not a folder that you may write to; choose another --out")
+
+
+@contextmanager
+def held(out: Path) -> Iterator[None]:
+    """Makes the folder `out` and keeps other processes from training in it; waits for one that does."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        folder = os.open(out, os.O_RDONLY)
+    except OSError as error:
+        raise Failure(f"cannot write {out}: {error.strerror}; choose another --out") from error
+    try:
+        with suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"waiting for another process that trains in {out} to end", file=sys.stderr, flush=True)
+                fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
+def write_config(config: TrainConfig) -> None:
+    """Writes config.json, whole or not at all."""
+    file = config.out / "config.json"
+    scratch = config.out / "config.json.tmp"
+    try:
+        scratch.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+        os.replace(scratch, file)
+    except OSError as error:
+        with suppress(OSError):
+            scratch.unlink(missing_ok=True)
+        raise Failure(f"cannot write {file}: {error.strerror}; choose another --out") from error
+
+
+def read_config(path: Path) -> TrainConfig:
+    """The configuration of a run folder. Raises UsageError if there is none, Failure if it cannot be read."""
+    file = path / "config.json"
+    if not os.path.exists(file):
+        raise UsageError(f"{path} is not a run: it has no config.json; give the --out of an `attnres train`")
+    try:
+        values = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise Failure(f"{file} cannot be read: {error}; give another run") from error
+    if not isinstance(values, dict):
+        raise Failure(f"{file} is damaged: it holds no settings; give another run")
+    return TrainConfig.from_dict(values)
+
+
+def newest_checkpoint(out: Path) -> Path | None:
+    """The newest whole checkpoint; None if the run has not saved one. Raises Failure if all of them are damaged."""
+    folder = out / "checkpoints"
+    newest = checkpoint.latest(folder)
+    if newest is None and any(folder.glob("step-*")):
+        raise Failure(f"every checkpoint in {folder} is damaged; start a new run in another --out")
+    return newest
+
+
+def load_checkpoint(path: Path, config: TrainConfig, device: torch.device) -> checkpoint.Checkpoint:
+    """A checkpoint of this very run. Raises UsageError if it belongs to another configuration."""
+    saved = checkpoint.load(path, device)
+    checkpoint.check_compatible(TrainConfig.from_dict(saved.state["config"]).curve(), config.curve())
+    return saved
+
+
+def load_run(path: Path, device: str = "auto") -> tuple[Decoder, TrainConfig]:
+    """The model of a run folder, with the weights of its newest whole checkpoint, and its configuration."""
+    config = read_config(path)
+    newest = newest_checkpoint(path)
+    if newest is None:
+        raise Failure(f"{path} has no checkpoint yet; train on with --resume first")
+    where = hardware.find_device(device)
+    model = Decoder(config.model).to(where)
+    model.load_state_dict(load_checkpoint(newest, config, where).model_tensors)
+    return model.eval(), config

@@ -1,0 +1,44 @@
+"""Stopping a run from outside: what SIGTERM and Ctrl-C do to it, and to the processes that it starts."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+STOPS = (signal.SIGTERM, signal.SIGINT)
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that gets the signal's number when SIGTERM or SIGINT arrives; a second Ctrl-C ends the process at once."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread only
+        yield received
+        return
+
+    def note(number: int, frame: Any) -> None:
+        received.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, note) for number in STOPS}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def starting_deaf_processes(*signals: int) -> Iterator[None]:
+    """Processes started within never hear `signals`; Ctrl-C, for one, goes to every process of the terminal.
+
+    This process gets what arrives meanwhile afterwards.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

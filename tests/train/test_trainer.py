@@ -1,0 +1,308 @@
+"""A run that is stopped, killed or poisoned: what it leaves, and that it goes on as if nothing had been."""
+
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from attnres.errors import Failure, UsageError
+from attnres.model import DecoderConfig
+from attnres.model.feed_forward import FeedForward
+from attnres.train import checkpoint
+from attnres.train.config import TrainConfig
+from attnres.train.data import load_corpus
+from attnres.train.optim import OptimConfig
+from attnres.train.run_folder import load_run, newest_checkpoint
+from attnres.train.trainer import Trainer, train
+
+TIMING = ("tokens_per_second", "mfu")
+
+# The process does something to itself when it is about to take a step, or in the middle of writing a checkpoint.
+AT_STEP = """
+import os, signal, time
+from attnres.train.trainer import Trainer
+take_step = Trainer._train_step
+def step(self, batches):
+    if self.step + 1 == {step}:
+        {action}
+    return take_step(self, batches)
+Trainer._train_step = step
+"""
+IN_SAVE = """
+import os, signal, time
+from attnres.train import checkpoint
+sync, calls = checkpoint._sync, []
+def half_way(path):
+    calls.append(path)
+    if len(calls) == {call}:
+        {action}
+    sync(path)
+checkpoint._sync = half_way
+"""
+
+
+def kill(name):
+    return f"os.kill(os.getpid(), signal.{name})"
+
+
+def metrics(out):
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in record.items() if name not in TIMING} for record in records]
+
+
+def saved(out):
+    return newest_checkpoint(out).name
+
+
+def assert_same_run(run, other):
+    assert metrics(run) == metrics(other)
+    ours, theirs = (checkpoint.load(newest_checkpoint(out)) for out in (run, other))
+    assert ours.step == theirs.step
+    assert all(torch.equal(value, theirs.model_tensors[name]) for name, value in ours.model_tensors.items())
+    assert str(ours.optimizer_state) == str(theirs.optimizer_state)
+
+
+def scalars(out):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(out / "tensorboard")).Reload()
+    return {tag: {event.step: event.value for event in board.Scalars(tag)} for tag in board.Tags()["scalars"]}, board
+
+
+VARIANTS = {
+    "adamw": ["--accumulate", 2],
+    "muon": ["--optim.optimizer", "muon", "--accumulate", 2, "--residual.name", "full_attnres"],
+}
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def runs(request, server, tiny, tmp_path_factory):
+    """Folders of an uninterrupted run, and of one that was stopped and killed six times; and how its parts ended."""
+    flags = [*tiny, *VARIANTS[request.param]]
+    whole, parts = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("parts")
+    assert server.run("train", *flags, "--out", whole).status == 0
+    ends = [
+        server.run("train", *flags, "--out", parts, patch=AT_STEP.format(step=3, action=kill("SIGKILL"))),
+        server.run("train", "--resume", "--out", parts, patch=AT_STEP.format(step=5, action=kill("SIGKILL"))),
+        server.run("train", "--resume", "--out", parts, patch=AT_STEP.format(step=4, action=kill("SIGTERM"))),
+        server.run("train", "--resume", "--out", parts, patch=IN_SAVE.format(call=2, action=kill("SIGKILL"))),
+        server.run("train", "--resume", "--out", parts, patch=IN_SAVE.format(call=4, action=kill("SIGKILL"))),
+        server.run("train", "--resume", "--out", parts, patch=AT_STEP.format(step=8, action=kill("SIGINT"))),
+        server.run("train", "--resume", "--out", parts),
+    ]
+    return whole, parts, ends
+
+
+def test_interrupted_run_is_bit_identical_to_an_uninterrupted_one(runs):
+    whole, parts, ends = runs
+    assert [end.status for end in ends] == [-9, -9, 0, -9, -9, 0, 0]
+    assert_same_run(whole, parts)
+    steps = [record["step"] for record in metrics(parts) if "loss" in record]
+    assert steps == list(range(1, 11))
+    assert [record["step"] for record in metrics(parts) if "val_loss" in record] == [0, 4, 8, 10]
+
+
+def test_signals_save_a_checkpoint_and_say_so(runs):
+    for end, step in ((runs[2][2], 4), (runs[2][5], 8)):
+        assert f"stopped at step {step}, saved as" in end.err
+        assert f"step-{step:08d}; go on with --resume" in end.err
+        assert "Traceback" not in end.err
+
+
+def test_nothing_is_left_over(runs):
+    whole, parts, _ = runs
+    for out in (whole, parts):
+        assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-00000009", "step-00000010"]
+        assert {path.name for path in out.iterdir()} == {
+            "config.json", "metrics.jsonl", "tensorboard", "checkpoints", "tokenizer.json", "tokenizer_config.json",
+        }  # fmt: skip
+
+
+def test_tensorboard_shows_each_step_once(runs):
+    whole, parts, _ = runs
+    shown, board = scalars(parts)
+    for name in ("loss", "lr", "grad_norm", "val_loss"):
+        assert len(board.Scalars(name)) == len(shown[name]), f"{name} has a step twice"
+        written = {record["step"]: record[name] for record in metrics(whole) if name in record}
+        assert shown[name] == pytest.approx(written)
+
+
+def test_resuming_a_finished_run_changes_nothing(runs, server, tmp_path):
+    whole, _, _ = runs
+    out = shutil.copytree(whole, tmp_path / "run")
+    end = server.run("train", "--resume", "--out", out)
+    assert end.status == 0
+    assert f"validation loss {metrics(whole)[-1]['val_loss']:.4f} after" in end.out
+    assert_same_run(whole, out)
+
+
+def test_stopping_a_whole_process_group_spares_the_data_workers(server, tiny, tmp_path):
+    """A terminal's Ctrl-C and a batch system's SIGTERM go to every process of the group."""
+    flags = [*tiny, "--accumulate", 3, "--workers", 1]
+    assert server.run("train", *flags, "--out", tmp_path / "whole").status == 0
+    for i, name in enumerate(("SIGTERM", "SIGINT")):
+        action = f"os.killpg(0, signal.{name}); time.sleep(0.3)"
+        resume = ["--resume"] if i else flags
+        end = server.run("train", *resume, "--out", tmp_path / "a", patch=AT_STEP.format(step=3 + i, action=action))
+        assert (end.status, saved(tmp_path / "a")) == (0, f"step-{3 + i:08d}"), end.err
+    assert server.run("train", "--resume", "--out", tmp_path / "a", "--workers", 0).status == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "a")
+
+
+def test_a_second_ctrl_c_ends_at_once(server, tiny, tmp_path):
+    twice = AT_STEP.format(step=5, action=kill("SIGINT")) + IN_SAVE.format(
+        call=7,
+        action=f"{kill('SIGINT')}; time.sleep(60)",  # the first five are those of the checkpoint at step 3
+    )
+    end = server.run("train", *tiny, "--out", tmp_path / "run", patch=twice)
+    assert (end.status, end.err.splitlines()[-1]) == (130, "attnres train: stopped")
+    assert "Traceback" not in end.err
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003"]
+
+
+def test_two_processes_never_train_in_one_folder(server, tiny, tmp_path):
+    out = tmp_path / "run"
+    first = server.start("train", *tiny, "--out", out, patch=AT_STEP.format(step=5, action="time.sleep(3)"))
+    first.wait_for(lambda: (out / "checkpoints").exists())
+    end = server.run("train", "--resume", "--out", out)
+    assert "waiting for another process that trains in" in end.err
+    assert (first.wait().status, end.status) == (0, 0)
+    assert [record["step"] for record in metrics(out) if "loss" in record] == list(range(1, 11))
+
+
+# ---- in this process -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def config(corpus_file, tmp_path):
+    model = DecoderConfig(
+        vocab_size=257, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, residual="full_attnres"
+    )
+    return TrainConfig(
+        data=str(corpus_file), cache_dir=tmp_path / "cache", out=tmp_path / "run", model=model, device="cpu",
+        precision="float32", steps=6, batch_size=4, context=32, validation_tokens=160, validate_every=4, log_every=1,
+        checkpoint_every=2, optim=OptimConfig(warmup_steps=2),
+    )  # fmt: skip
+
+
+def before_step(monkeypatch, step, action):
+    take_step = Trainer._train_step
+
+    def stepped(self, batches):
+        if self.step + 1 == step:
+            action(self.model)
+        return take_step(self, batches)
+
+    monkeypatch.setattr(Trainer, "_train_step", stepped)
+
+
+def poison_weight(model):
+    model.layers[2].q_proj.weight.data[3, 5] = float("nan")
+
+
+def poison_gradient(model):
+    model.layers[1].up_proj.weight.register_hook(lambda gradient: gradient * float("inf"))
+    model.layers[2].v_proj.weight.register_hook(lambda gradient: gradient * float("inf"))
+
+
+@pytest.mark.parametrize(
+    ("action", "words"),
+    [
+        (poison_weight, ["loss is nan", "layer 2 (attention of Transformer block 1)", "layers.2.q_proj.weight"]),
+        (poison_gradient, ["gradient norm is", "layer 2 (attention of Transformer block 1)", "layers.2.v_proj.weight"]),
+    ],
+)
+def test_what_is_not_finite_stops_the_run_and_is_named(config, monkeypatch, action, words):
+    before_step(monkeypatch, 4, action)
+    with pytest.raises(Failure) as failure:
+        train(config)
+    for word in ["step 4: ", *words, f"the last good checkpoint is {config.out}/checkpoints/step-00000002"]:
+        assert word in str(failure.value)
+    assert [record["step"] for record in metrics(config.out)] == [0, 1, 2, 3]
+    monkeypatch.undo()
+    assert train(config, resume=True).finished
+
+
+def test_a_layer_that_overflows_is_named(config, monkeypatch):
+    forward = FeedForward.forward
+    calls = []
+
+    def overflow(self, *args):
+        calls.append(self)
+        return forward(self, *args) * (float("inf") if len(set(calls)) == 2 and calls[-1] is calls[1] else 1)
+
+    monkeypatch.setattr(FeedForward, "forward", overflow)
+    with pytest.raises(Failure, match=r"step 0: the validation loss is nan; the output of layer 3 \(MLP of Tr"):
+        train(config)
+    assert metrics(config.out) == []
+
+
+def test_weights_that_are_not_finite_are_not_saved(config, monkeypatch):
+    """Without a look at the weights the checkpoint of step 2 would be called the last good one at step 3."""
+    save = Trainer._save
+
+    def poisoned(self, journal):
+        poison_weight(self.model)
+        save(self, journal)
+
+    monkeypatch.setattr(Trainer, "_save", poisoned)
+    with pytest.raises(Failure, match=r"step 2: the update is not finite; .*q_proj.weight.*there is no checkpoint yet"):
+        train(config)
+    assert not (config.out / "checkpoints").exists()
+
+
+def test_every_validation_token_weighs_the_same(config):
+    """160 tokens are five windows of 32: batches of four rows and of one."""
+    trainer = Trainer(config, load_corpus(config.data, cache_dir=config.cache_dir))
+    tokens = torch.from_numpy(trainer.corpus.validation.astype("int64"))
+    windows = (len(tokens) - 1) // 32
+    starts = [index * windows // 5 * 32 for index in range(5)]
+    losses = [F.cross_entropy(trainer.model(tokens[None, s : s + 32])[0], tokens[s + 1 : s + 33]) for s in starts]
+    assert trainer._validation_loss() == pytest.approx(sum(map(float, losses)) / 5, abs=1e-6)
+    assert max(map(float, losses)) - min(map(float, losses)) > 1e-3
+
+
+def test_another_corpus_is_refused_on_resume(config, corpus_file, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(corpus_file.read_text())
+    config.data, config.steps = str(text), 4
+    train(config)
+    before = (config.out / "metrics.jsonl").read_bytes()
+    text.write_text(corpus_file.read_text().replace("query", "quarry", 1))
+    with pytest.raises(UsageError, match="data is not the corpus that the checkpoint was trained on"):
+        train(config, resume=True)
+    assert (config.out / "metrics.jsonl").read_bytes() == before
+
+
+def test_damaged_checkpoints(config):
+    train(config)
+    newest, older = sorted((config.out / "checkpoints").iterdir(), reverse=True)
+    os.truncate(newest / "model.safetensors", 1000)
+    assert newest_checkpoint(config.out) == older
+    expected = metrics(config.out)
+    assert train(config, resume=True).finished
+    assert metrics(config.out) == expected
+    for folder in (newest, older):
+        os.truncate(folder / "model.safetensors", 1000)
+    for use in (lambda: train(config, resume=True), lambda: load_run(config.out)):
+        with pytest.raises(Failure, match=r"every checkpoint in .* is damaged; start a new run"):
+            use()
+    assert metrics(config.out) == expected
+
+
+def test_peak_memory_counts_the_processes_before_this_one(config, monkeypatch):
+    monkeypatch.setattr("attnres.train.hardware.peak_memory", lambda device: 7_000)
+    assert train(config).peak_memory_bytes == 7_000
+    monkeypatch.setattr("attnres.train.hardware.peak_memory", lambda device: 5_000)
+    assert train(config, resume=True).peak_memory_bytes == 7_000
+
+
+def test_signal_handlers_come_back(config):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    config.steps = 4
+    train(config)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
