@@ -17,6 +17,8 @@ COMMANDS = {
     "compare": ("attnres.commands.compare", "train residual connections side by side and report on them"),
     "train": ("attnres.commands.train", "train one model, or resume it"),
     "generate": ("attnres.commands.generate", "continue a text with a trained model"),
+    "convert": ("attnres.commands.convert", "turn a pretrained Hugging Face model into an AttnRes model"),
+    "eval": ("attnres.commands.eval", "measure perplexity on a file, or tasks of lm-eval"),
 }
 
 
@@ -50,12 +52,7 @@ def _command(name: str) -> Any:
     if name not in COMMANDS:
         raise UsageError(f"there is no such command; there are {', '.join(COMMANDS)}")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
-        return importlib.import_module(COMMANDS[name][0]).run
-    except ModuleNotFoundError as error:
-        raise Failure(
-            f"needs the package {error.name}, which is not installed; run pip install 'attnres[train]'"
-        ) from error
+    return importlib.import_module(COMMANDS[name][0]).run
 
 
 def _explain(error: Exception) -> tuple[int, str]:
@@ -63,6 +60,8 @@ def _explain(error: Exception) -> tuple[int, str]:
         return 2, str(error)
     if isinstance(error, Failure):
         return 1, str(error)
+    if isinstance(error, ModuleNotFoundError):
+        return 1, f"needs the package {error.name}, which is not installed; run pip install 'attnres[train]'"
     return 1, f"unexpected {type(error).__name__}: {error}; run again with --debug for the traceback"
 
 

@@ -112,21 +112,27 @@ def stream_dtype(embedding: Tensor) -> Tensor:
 def init_weights(decoder: Decoder, seed: int) -> None:
     """Every initial value: normal matrices and embeddings, unit norms, the residual's own for its parameters.
 
-    The matrices that write to the stream start smaller by the root of the number of layers, as in GPT-2, so that their
-    sum has the size of one. Equal seeds draw equal weights whatever the residual.
+    Equal seeds draw equal weights whatever the residual.
     """
     generator = None
     if not decoder.embed_tokens.weight.is_meta:
         generator = torch.Generator(decoder.embed_tokens.weight.device).manual_seed(seed)
-    std = decoder.config.initializer_range
     own = [("embed_tokens", decoder.embed_tokens), *decoder.layers.named_modules(), ("norm", decoder.norm)]
     if not decoder.config.tie_word_embeddings:
         own.append(("lm_head", decoder.lm_head))
     for name, module in own:
         if isinstance(module, nn.Linear | nn.Embedding):
-            writes = name.endswith(("o_proj", "down_proj"))
-            scale = len(decoder.layers) ** -0.5 if writes else 1.0
-            nn.init.normal_(module.weight, std=std * scale, generator=generator)
+            nn.init.normal_(module.weight, std=initial_std(decoder.config, name), generator=generator)
         elif isinstance(module, nn.RMSNorm):
             nn.init.ones_(module.weight)
     decoder.residual.reset_parameters()
+
+
+def initial_std(config: DecoderConfig, name: str) -> float:
+    """Standard deviation of the initial values of the module `name`, a matrix or embedding.
+
+    The matrices that write to the stream start smaller by the root of the number of layers, as in GPT-2, so that their
+    sum has the size of one.
+    """
+    writes = name.endswith(("o_proj", "down_proj"))
+    return config.initializer_range * (config.num_layers**-0.5 if writes else 1.0)

@@ -50,7 +50,9 @@ def generate(
     range.
     """
     longest = model.config.max_position_embeddings
-    if prompt.dim() != 1 or len(prompt) == 0:
+    if prompt.dim() != 1:
+        raise UsageError(f"prompt must be token ids of shape [tokens]; it is {list(prompt.shape)}")
+    if len(prompt) == 0:
         raise UsageError("prompt is empty; give at least one token")
     if not (0 <= temperature < math.inf) or (top_k is not None and top_k < 1) or max_new_tokens < 1:
         raise UsageError(
@@ -66,7 +68,7 @@ def generate(
     cache, tokens = KeyValueCache(), prompt[None]
     for _ in range(max_new_tokens):
         logits = model(tokens, cache)[0, -1].float()
-        if temperature == 0:
+        if temperature < torch.finfo(logits.dtype).tiny:
             token = int(logits.argmax())
         else:
             likeliest, ids = logits.topk(min(top_k or len(logits), len(logits)))

@@ -1,0 +1,49 @@
+"""transformers' attention functions (sdpa, eager, flash, flex, paged) behind the decoder's attention layers.
+
+Shape suffixes as in `attnres.model.attention`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..errors import UsageError
+from ..model.attention import Attention
+
+
+def attend_by_config(
+    layer: Attention,
+    q_BHTE: Tensor,
+    k_BKSE: Tensor,
+    v_BKSE: Tensor,
+    mask: Any,
+    *,
+    weights: list[Tensor] | None,
+    **kwargs: Any,
+) -> Tensor:
+    """Attention [B, T, H, E] by the implementation that the config names; its weights [B, H, T, S] join `weights`."""
+    name = layer.config._attn_implementation  # type: ignore[attr-defined]
+    function: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(name, _eager)
+    output, probabilities = function(
+        layer, q_BHTE, k_BKSE, v_BKSE, mask, dropout=0.0, scaling=layer.head_dim**-0.5, **kwargs
+    )
+    if weights is not None:
+        if probabilities is None:
+            raise UsageError(f"output_attentions needs attn_implementation='eager'; it is {name!r}")
+        weights.append(probabilities)
+    return output
+
+
+def _eager(
+    layer: Attention, q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Tensor | None, scaling: float, **_: Any
+) -> tuple[Tensor, Tensor]:
+    k_BHSE, v_BHSE = (x.repeat_interleave(layer.num_key_value_groups, 1) for x in (k_BKSE, v_BKSE))
+    logits_BHTS = scaling * q_BHTE @ k_BHSE.transpose(2, 3)
+    if mask is not None:
+        logits_BHTS = logits_BHTS + mask
+    weights_BHTS = F.softmax(logits_BHTS, -1, dtype=torch.promote_types(q_BHTE.dtype, torch.float32)).to(q_BHTE.dtype)
+    return (weights_BHTS @ v_BHSE).transpose(1, 2), weights_BHTS

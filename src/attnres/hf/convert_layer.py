@@ -1,0 +1,181 @@
+"""The converted decoder layer: the state of the residual connection travels where hidden states used to.
+
+transformers' own loop over decoder layers stays as it is, and with it masks, caches, positions, generation and
+checkpointing. The first layer gets the embedding and starts the state, every layer reads and writes it, and the final
+norm gets the last one.
+"""
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..errors import UsageError
+from ..residual import Residual, State
+from .architectures import Architecture
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def once_a_class(function: F) -> F:
+    """functools.cache with the function's own signature: as mypy sees it, classes of transformers cannot be hashed."""
+    return functools.cache(function)  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class DepthStream:
+    """What decoder layers hand on: the residual connection's state, and the index of the layer that reads it next.
+
+    Not a tuple, because transformers takes the first element of a tuple for the hidden states; a pytree, so that
+    checkpointing and sharding find the tensors.
+    """
+
+    state: State
+    layer: int
+
+    @property
+    def device(self) -> torch.device:
+        return pytree.tree_leaves(self.state)[0].device
+
+    def to(self, *args: Any, **kwargs: Any) -> "DepthStream":
+        """The stream on another device: device maps move a layer's inputs with it."""
+        return DepthStream(pytree.tree_map_only(Tensor, lambda t: t.to(*args, **kwargs), self.state), self.layer)
+
+    def hidden_states(self, residual: Residual) -> Tensor:
+        """What the next layer sees, before its norm, [B, T, D]."""
+        return rows_on(residual, self.device).read(self.state, self.layer)[0]
+
+
+pytree.register_pytree_node(
+    DepthStream,
+    lambda stream: ([stream.state], stream.layer),
+    lambda children, layer: DepthStream(next(iter(children)), layer),
+    serialized_type_name="attnres.hf.DepthStream",
+    to_dumpable_context=lambda layer: layer,
+    from_dumpable_context=lambda layer: layer,
+)
+
+
+class ConvertedLayer(nn.Module):
+    """Comes before the original class in a converted decoder layer's bases and replaces its forward."""
+
+    architecture: Architecture
+    argument_names: tuple[str, ...]
+    """Of the original forward, after the hidden states."""
+    first: int
+    """This layer's attention among all layers of the residual connection; its MLP is the one after."""
+
+    def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> DepthStream:
+        entry, attention, mlp = self.architecture, self.first, self.first + 1
+        kwargs.update(zip(self.argument_names, args, strict=False))
+        for name in entry.refused_arguments:
+            if kwargs.pop(name, None) is not None:
+                raise UsageError(f"{name} must be None: this {entry.model_type!r} model has no layers that take it")
+        residual = rows_on(residual_of(self), hidden_states.device)
+        state = self._state(residual, hidden_states)
+        if entry.is_parallel(self):
+            state = self._parallel(residual, state, kwargs)
+        else:
+            h, state = residual.read(state, attention)
+            state = residual.write(state, attention, self._attend(h, kwargs))
+            h, state = residual.read(state, mlp)
+            state = residual.write(state, mlp, self._feed_forward(h))
+        return DepthStream(state, mlp + 1)
+
+    def _parallel(self, residual: Residual, state: State, arguments: dict[str, Any]) -> State:
+        """Both sublayers read the state before either has written, each with its own query."""
+        attention, mlp = self.first, self.first + 1
+        h_mlp = residual.read(state, mlp)[0]
+        h, state = residual.read(state, attention)
+        state = residual.write(state, attention, self._attend(h, arguments))
+        if mlp in getattr(residual, "block_starts", ()):
+            state = residual.read(state, mlp)[1]  # for the state alone: a block ends between the two outputs
+        return residual.write(state, mlp, self._feed_forward(h_mlp))
+
+    def _state(self, residual: Residual, hidden_states: Any) -> State:
+        if isinstance(hidden_states, DepthStream):
+            return hidden_states.state
+        if self.first:
+            raise UsageError(
+                "only the first decoder layer takes hidden states; later ones take the output of the one before"
+            )
+        return residual.start(hidden_states)
+
+    def _attend(self, h: Tensor, arguments: dict[str, Any]) -> Tensor:
+        entry = self.architecture
+        return self._sublayer(h, entry.attention_norm, entry.attention, entry.after_attention, arguments)
+
+    def _feed_forward(self, h: Tensor) -> Tensor:
+        entry = self.architecture
+        return self._sublayer(h, entry.mlp_norm, entry.mlp, entry.after_mlp, {})
+
+    def _sublayer(
+        self, h: Tensor, norm: str | None, name: str, after: tuple[str, ...], arguments: dict[str, Any]
+    ) -> Tensor:
+        """What one sublayer adds to the stream that it reads as `h`."""
+        output = getattr(self, name)(h if norm is None else getattr(self, norm)(h), **arguments)
+        if isinstance(output, tuple):
+            output = output[0]
+        for module in after:
+            output = getattr(self, module)(output)
+        if self.architecture.multiplier is not None:
+            output = output * getattr(self, self.architecture.multiplier)
+        # under autocast sublayers answer in half precision while the stream, as in the original, stays in its own
+        return output.to(h.dtype)
+
+
+@once_a_class
+def converted_layer_class(original: type[nn.Module], entry: Architecture) -> type[nn.Module]:
+    """The converted form of a decoder layer class. It keeps the name, by which wrapping policies and device maps go."""
+    names = tuple(inspect.signature(original.forward).parameters)[2:]
+    body = {"architecture": entry, "argument_names": names, "__module__": __name__, "__doc__": ConvertedLayer.__doc__}
+    return type(original.__name__, (ConvertedLayer, original), body)
+
+
+def attach(base: Any, residual: Residual, entry: Architecture) -> None:
+    """Gives a base model the residual connection, its decoder layers their new forward, its norm the last read."""
+    base.residual = residual
+    for i, layer in enumerate(getattr(base, entry.layers)):
+        layer.__class__ = converted_layer_class(type(layer), entry)
+        layer.first = 2 * i
+        _refer(layer, base)
+    norm = getattr(base, entry.final_norm)
+    _refer(norm, base)
+    norm.register_forward_pre_hook(_finish)
+
+
+def _refer(module: nn.Module, base: nn.Module) -> None:
+    # past nn.Module.__setattr__, or the base model would become a submodule of its own submodule
+    vars(module)["converted_model"] = base
+
+
+def residual_of(module: Any) -> Residual:
+    # looked up at each call: adapters put a trainable copy in the residual connection's place
+    return module.converted_model.residual
+
+
+def _finish(norm: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    if not isinstance(args[0], DepthStream):
+        return None
+    stream = args[0]
+    return (rows_on(residual_of(norm), stream.device).finish(stream.state), *args[1:])
+
+
+def rows_on(residual: Residual, device: torch.device) -> Residual:
+    """`residual` with its parameters on `device`: a device map may have put it elsewhere, or offloaded it."""
+    if all(parameter.device == device for parameter in residual.parameters()):
+        return residual
+    # accelerate brings offloaded weights back for a module's forward; a residual connection is called by its verbs
+    stored = getattr(getattr(residual, "_hf_hook", None), "weights_map", None)
+    moved = copy.copy(residual)
+    moved._parameters = {
+        name: (stored[name] if stored and p.is_meta else p).to(device)  # type: ignore[union-attr, misc]
+        for name, p in residual._parameters.items()
+    }
+    return moved

@@ -1,0 +1,254 @@
+"""The decoder as Hugging Face models: the same modules and loop, with transformers' attention functions and caches.
+
+`AttnResModel` is the decoder without its head, `AttnResForCausalLM` the language model. Weights are named as in
+`attnres.model.Decoder`, those of the base model behind "model.".
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, initialization
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple, logging
+
+from ..errors import Failure, UsageError
+from ..model import Decoder
+from ..model.attention import Context, rotary_factors
+from ..model.decoder import Backbone, initial_std
+from ..residual import Residual, State
+from .attention import attend_by_config
+from .configuration import AttnResConfig
+from .dispatch import hidden_across_devices, is_dispatched
+from .runs import open_run
+
+logger = logging.get_logger(__name__)
+
+
+class AttnResPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know of both models."""
+
+    config: AttnResConfig
+    config_class = AttnResConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    # norms are units of their own, since a residual connection reads a layer's norm before the layer runs
+    _no_split_modules = ["Attention", "FeedForward", "RMSNorm"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, Residual):
+            module.reset_parameters()
+        elif isinstance(module, nn.Linear) and hasattr(module, "initial_std"):
+            std: Any = module.initial_std
+            initialization.normal_(module.weight, std=std)
+        else:
+            super()._init_weights(module)
+
+
+class AttnResModel(AttnResPreTrainedModel, Backbone):
+    """The decoder without its output head, as `AutoModel` loads it."""
+
+    config: AttnResConfig
+
+    def __init__(self, config: AttnResConfig) -> None:
+        super().__init__(config)
+        self.add_modules(config)
+        for name, module in self.layers.named_modules():
+            if isinstance(module, nn.Linear):
+                module.initial_std = initial_std(config, name)  # type: ignore[assignment]
+        self.post_init()
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether each Transformer block is recomputed in the backward pass; transformers sets it."""
+        return self.checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enabled: bool) -> None:
+        self.enable_checkpointing(enabled)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Runs the decoder on token ids [B, T] or embeddings [B, T, D].
+
+        Args:
+            attention_mask: [B, past + T], 0 at padding; or a mask of the form that the attention implementation takes.
+            position_ids: [B, T]; the default counts on from the cache.
+            past_key_values: a Hugging Face cache; the tokens follow those that it holds.
+            output_attentions: also return attention weights; needs attn_implementation="eager".
+            output_hidden_states: also return what each Transformer block reads from the residual connection, before
+                its norm, and last the output of the final norm.
+            kwargs: handed to the attention function.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise UsageError("give either input_ids or inputs_embeds, not both or none")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        recomputed = self.checkpointing and torch.is_grad_enabled()
+        if recomputed and (use_cache or past_key_values is not None):
+            logger.warning_once("gradient checkpointing excludes a cache of keys and values; going on without one")
+        if recomputed:
+            # computing a block again would add its keys and values a second time
+            use_cache, past_key_values = False, None
+        elif use_cache is None:
+            use_cache = self.config.use_cache
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past)[None]
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        attentions: list[Tensor] = []
+        reads: list[Tensor] = []
+
+        def observe(state: State, layer: int) -> None:
+            reads.append(self.residual.read(state, layer)[0])
+
+        attend = partial(
+            attend_by_config, weights=attentions if output_attentions else None, position_ids=position_ids, **kwargs
+        )
+        assert self.config.head_dim is not None
+        cos, sin = rotary_factors(position_ids, self.config.head_dim, self.config.rope_theta)
+        context = Context(cos, sin, mask, past_key_values, attend)
+        run = hidden_across_devices if is_dispatched(self) else Backbone.hidden
+        hidden = run(self, inputs_embeds, context, observe if output_hidden_states else None)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=past_key_values,
+            hidden_states=(*reads, hidden) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+        )
+
+
+class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
+    """Language model over AttnRes, as `AutoModelForCausalLM` loads it."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: AttnResConfig) -> None:
+        super().__init__(config)
+        self.model = AttnResModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits [B, T, vocab_size], and the mean loss in nats per token where labels are given.
+
+        Args:
+            labels: [B, T], the token ids themselves (they are shifted here); -100 is left out of the loss.
+            logits_to_keep: compute logits for the last so many positions (0: all), or for these positions [n].
+            kwargs: those of `AttnResModel.forward`, which also explains the other arguments.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    @classmethod
+    def from_run(cls, folder: str | Path, **options: Any) -> "AttnResForCausalLM":
+        """The model of a training run, with its newest whole checkpoint.
+
+        Args:
+            folder: what `attnres train` wrote to --out; or one of its checkpoints/step-N, for that step.
+            options: of `from_pretrained`, such as dtype, device_map or attn_implementation.
+
+        The tokenizer of the run is `AutoTokenizer.from_pretrained(folder)`. Raises UsageError if `folder` is no run or
+        its weights do not fit its configuration, Failure if a file is damaged.
+        """
+        run = open_run(folder)
+        end = run.end_of_document
+        config = AttnResConfig(**run.config.to_dict(), eos_token_id=end, pad_token_id=end)
+        options.setdefault("generation_config", GenerationConfig(eos_token_id=end, pad_token_id=end))
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "use_safetensors": True}
+        try:
+            # a decoder's own names load as they are: transformers puts "model." in front of a base model's
+            loaded: Any = cls.from_pretrained(run.checkpoint, config=config, **options)
+        except SafetensorError as error:
+            raise Failure(f"the weights in {run.checkpoint} are damaged ({error}); take an earlier step") from error
+        model, report = loaded
+        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            for key in report[problem]:
+                raise UsageError(
+                    f"the weights in {run.checkpoint} do not fit {run.folder / 'config.json'}: "
+                    f"{problem.replace('_', ' ')}, such as {key if isinstance(key, str) else key[0]}"
+                )
+        return model
+
+    @classmethod
+    def from_decoder(cls, decoder: Decoder) -> "AttnResForCausalLM":
+        """A model with a copy of a decoder's weights, in their dtype and on their device."""
+        model = cls(AttnResConfig(**decoder.config.to_dict())).to(decoder.norm.weight)  # type: ignore[arg-type]
+        model.load_state_dict(
+            {name if name.startswith("lm_head.") else f"model.{name}": t for name, t in decoder.state_dict().items()}
+        )
+        return model
+
+    def to_decoder(self) -> Decoder:
+        """A plain decoder with a copy of the weights, in their dtype and on their device."""
+        decoder = Decoder(self.config.decoder_config()).to(self.model.norm.weight)
+        decoder.load_state_dict({name.removeprefix("model."): t for name, t in self.state_dict().items()})
+        return decoder

@@ -1,0 +1,54 @@
+"""Every snippet of docs/convert.md runs, in order, as a reader would run it."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from attnres import hf
+from attnres.hf import architectures
+from attnres.hf.convert_folder import convert_folder
+
+from .converted import build, tokens
+
+PAGE = (Path(__file__).parents[2] / "docs" / "convert.md").read_text(encoding="utf-8")
+
+
+def snippets(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+
+
+def test_the_page_runs(tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(architectures, "ARCHITECTURES", dict(architectures.ARCHITECTURES))
+    original = build("llama", torch.float32, num_hidden_layers=4)
+    original.save_pretrained("base-model")
+    names = {}
+    for snippet in snippets("python"):
+        exec(compile(snippet, "docs/convert.md", "exec"), names)
+    assert hf.load("attnres-model").model.residual.num_blocks == 8
+    trainable = {name.split(".")[-1] for name, p in names["model"].named_parameters() if p.requires_grad}
+    assert "pseudo_query" in trainable
+    assert "helium" in architectures.ARCHITECTURES
+    with torch.no_grad():
+        assert torch.allclose(names["model"](tokens()).logits, original(tokens()).logits, atol=1e-5)
+
+
+def test_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    build("llama", torch.float32, num_hidden_layers=4).save_pretrained("base-model")
+    (line,) = snippets("console")
+    program, command, source, target, flag, value = shlex.split(line.removeprefix("$ "))
+    assert (program, command, flag) == ("attnres", "convert", "--num-blocks")
+    convert_folder(source, target, num_blocks=int(value))
+    assert hf.load(target).model.residual.num_blocks == 8
+
+
+def test_the_table_of_architectures_is_complete():
+    table = re.search(r"\| decoder layer.*?\n\n", PAGE, re.DOTALL)
+    assert table is not None
+    named = [name for row in table[0].splitlines()[2:] for name in re.findall(r"`(\w+)`", row.rpartition("|")[0])]
+    assert sorted(named) == sorted(architectures.ARCHITECTURES)

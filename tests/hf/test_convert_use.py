@@ -1,0 +1,234 @@
+"""What people do with a converted model, on a few architectures."""
+
+import copy
+
+import pytest
+import torch
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaForSequenceClassification,
+    LlamaModel,
+)
+
+from attnres import hf
+from attnres.errors import UsageError
+from attnres.hf import architectures
+from attnres.hf.architectures import Architecture
+
+from .converted import build, move_queries, padded, randomise, tokens
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "gemma3", "gpt_neox_parallel"])
+def test_recorded_outputs_are_those_of_the_original(name):
+    original = build(name, attn_implementation="eager")
+    model = hf.convert(copy.deepcopy(original), num_blocks=2)
+    ask = {"output_hidden_states": True, "output_attentions": True}
+    if name == "mixtral":
+        ask["output_router_logits"] = True
+    expected, found = original(tokens(), **ask), model(tokens(), **ask)
+    for field in ("hidden_states", "attentions", *(("router_logits",) if name == "mixtral" else ())):
+        assert len(expected[field]) == len(found[field]) == 3 + (field == "hidden_states")
+        for a, b in zip(expected[field], found[field], strict=True):
+            assert torch.allclose(a, b, atol=1e-6), field
+    recorded = model(tokens(), return_dict=False, output_hidden_states=True)[-1]
+    assert all(torch.equal(a, b) for a, b in zip(recorded, found.hidden_states, strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("residual", ["block_attnres", "full_attnres"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_the_two_phase_schedule_is_the_same_function(name, residual):
+    original = build(name)
+    model = hf.convert(copy.deepcopy(original), residual, schedule="two_phase")
+    assert torch.allclose(model(tokens()).logits, original(tokens()).logits, rtol=0, atol=1e-9)
+    layerwise = move_queries(hf.convert(original, residual))
+    found = move_queries(model)(tokens(), output_hidden_states=True)
+    expected = layerwise(tokens(), output_hidden_states=True)
+    for a, b in zip((found.logits, *found.hidden_states), (expected.logits, *expected.hidden_states), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_copy_stands_on_its_own():
+    model = hf.convert(build("llama"))
+    before = model(tokens()).logits
+    other = move_queries(copy.deepcopy(model))
+    assert torch.equal(model(tokens()).logits, before)
+    assert not torch.allclose(other(tokens()).logits, before)
+
+
+def test_the_config_becomes_its_own():
+    original = build("llama")
+    sharing = type(original)(original.config)
+    hf.convert(original)
+    assert sharing.config.model_type == "llama" and not hasattr(sharing.config, "residual")
+    assert original.config.model_type == "attnres_llama"
+    assert original.config.residual == "block_attnres" and original.config.residual_options == {"num_blocks": 6}
+    assert all(module.config is original.config for module in original.modules() if hasattr(module, "config"))
+    hf.convert(sharing, "full_attnres")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "olmo2", "gpt2"])
+def test_autocast_keeps_the_stream_in_its_own_precision(name):
+    original = build(name, torch.float32)
+    model = hf.convert(copy.deepcopy(original))
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, found = original(tokens()), model(tokens(), output_hidden_states=True)
+    assert found.hidden_states[2].dtype == torch.float32
+    assert torch.allclose(found.logits.float(), expected.logits.float(), atol=0.1)
+
+
+def test_new_parameters_have_the_embeddings_dtype_and_device():
+    residual = hf.convert(build("llama", torch.bfloat16)).model.residual
+    assert {p.dtype for p in residual.parameters()} == {torch.bfloat16}
+    assert residual.pseudo_query.shape == residual.key_norm.shape == (7, 32)
+    assert not residual.pseudo_query.any() and (residual.key_norm == 1).all()
+    with torch.device("meta"):
+        assert all(p.is_meta for p in hf.convert(LlamaModel(build("llama").config)).residual.parameters())
+
+
+@torch.no_grad()
+def test_models_without_a_head_and_with_another(tmp_path):
+    config = build("llama").config
+    for original, auto in (
+        (LlamaModel(config), AutoModel),
+        (LlamaForSequenceClassification(config), AutoModelForSequenceClassification),
+    ):
+        randomise(original).eval()
+        ids, mask = padded("left")
+        expected = original(ids, attention_mask=mask)[0]
+        model = hf.convert(original, num_blocks=2)
+        assert torch.allclose(model(ids, attention_mask=mask)[0], expected, atol=1e-5)
+        move_queries(model).save_pretrained(tmp_path / auto.__name__)
+        for loaded in (hf.load(tmp_path / auto.__name__), auto.from_pretrained(tmp_path / auto.__name__)):
+            assert type(loaded) is type(model)
+            assert torch.equal(loaded(ids, attention_mask=mask)[0], model(ids, attention_mask=mask)[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_offloaded_to_disk(place, tmp_path):
+    pytest.importorskip("accelerate")
+    model = move_queries(hf.convert(build("llama", torch.float32)))
+    model.save_pretrained(tmp_path / "model")
+    resident = ("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.norm", "lm_head")
+    places = {**dict.fromkeys(resident, "cpu"), "model.layers.1": "disk", "model.layers.2": "disk"}
+    loaded = hf.load(
+        tmp_path / "model", device_map={**places, "model.residual": place}, offload_folder=tmp_path / "offloaded"
+    )
+    assert loaded.model.residual.pseudo_query.is_meta == (place == "disk")
+    assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+
+
+def test_a_fresh_model_from_a_converted_config():
+    model = hf.convert(build("gemma3"), "full_attnres")
+    fresh = AutoModelForCausalLM.from_config(model.config)
+    assert type(fresh) is type(model)
+    assert not fresh.model.residual.pseudo_query.any() and (fresh.model.residual.key_norm == 1).all()
+    assert fresh(tokens(), labels=tokens()).loss.isfinite()
+
+
+def test_parameters_that_a_folder_lacks_start_as_those_of_a_conversion(tmp_path):
+    model = move_queries(hf.convert(build("llama")))
+    old = {key: value for key, value in model.state_dict().items() if "residual" not in key}
+    model.save_pretrained(tmp_path, state_dict=old)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not loaded.model.residual.pseudo_query.any() and (loaded.model.residual.key_norm == 1).all()
+
+
+def test_compiles_into_one_graph():
+    model = move_queries(hf.convert(build("llama", torch.float32, num_hidden_layers=2), num_blocks=3))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        assert torch.allclose(compiled(tokens()).logits, model(tokens()).logits, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_.*deprecated:FutureWarning")
+def test_checkpointing_keeps_the_state_lean_and_refuses_the_reentrant_form():
+    model = hf.convert(build("llama"))
+    model.gradient_checkpointing_enable()
+    assert model.model.residual.lean
+    model.gradient_checkpointing_disable()
+    assert not model.model.residual.lean
+    with pytest.raises(UsageError, match="use_reentrant"):
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
+def test_the_trainer_trains_queries(tmp_path):
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    model = hf.convert(build("qwen3", torch.float32)).train()
+    data = [{"input_ids": ids, "labels": ids} for ids in tokens(8)]
+    arguments = TrainingArguments(
+        output_dir=tmp_path,
+        max_steps=4,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        gradient_checkpointing=True,
+        save_steps=4,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    Trainer(model, arguments, train_dataset=data).train()
+    assert (model.model.residual.pseudo_query[1:].abs().amax(1) > 1e-3).all()
+    saved = hf.load(tmp_path / "checkpoint-4")
+    with torch.no_grad():
+        assert torch.allclose(saved(tokens()).logits, model.eval()(tokens()).logits, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*deprecated:FutureWarning")
+def test_lora_with_trainable_queries(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = hf.convert(build("llama", torch.float32))
+    start = copy.deepcopy(model)
+    options = peft.LoraConfig(target_modules=["q_proj", "down_proj"], modules_to_save=["residual"], r=2)
+    adapted = peft.get_peft_model(model, options)
+    trainable = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    assert sum("pseudo_query" in name or "key_norm" in name for name in trainable) == 2
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=1.0)
+    before = adapted(tokens(), labels=tokens()).loss
+    before.backward()
+    optimizer.step()
+    queries = next(p for name, p in adapted.named_parameters() if p.requires_grad and "pseudo_query" in name)
+    assert (queries[1:].abs().amax(1) > 1e-6).all()  # it is the trainable copy that layers read with
+    after = adapted(tokens(), labels=tokens()).loss
+    assert after < before
+    adapted.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(start, tmp_path)
+    with torch.no_grad():
+        assert torch.allclose(loaded(tokens(), labels=tokens()).loss, after, atol=1e-6)
+        with loaded.disable_adapter():
+            assert torch.allclose(loaded(tokens(), labels=tokens()).loss, before, atol=1e-6)
+    merged = loaded.merge_and_unload()
+    with torch.no_grad():
+        assert torch.allclose(merged(tokens(), labels=tokens()).loss, after, atol=1e-5)
+
+
+def test_an_architecture_is_one_entry_more(monkeypatch, tmp_path):
+    from transformers import HeliumConfig, HeliumForCausalLM
+
+    config = HeliumConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    original = randomise(HeliumForCausalLM(config)).eval()
+    with pytest.raises(UsageError, match="'helium' is not in the table"):
+        hf.convert(original)
+    monkeypatch.setattr(architectures, "ARCHITECTURES", dict(architectures.ARCHITECTURES))
+    architectures.register(Architecture("helium", "HeliumDecoderLayer"))
+    with pytest.raises(ValueError, match="already registered"):
+        architectures.register(Architecture("helium", "HeliumDecoderLayer"))
+    with torch.no_grad():
+        expected = original(tokens()).logits
+        model = hf.convert(original)
+        assert torch.allclose(model(tokens()).logits, expected, atol=1e-5)
+        model.save_pretrained(tmp_path)
+        assert torch.equal(hf.load(tmp_path)(tokens()).logits, model(tokens()).logits)
