@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from ..model import Decoder
 from ..model.decoder import stream_dtype
-from ..residual import DepthAttention
+from ..residual import DepthAttention, Residual, State
 
 
 def probe(model: Decoder, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Any]:
@@ -22,56 +23,65 @@ def probe(model: Decoder, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str,
     depth_weights: per layer, the output read last, the mean softmax weight of each source; None for a mechanism that
     does not attend over depth.
     """
-    magnitudes, gradients, weights, count = [], [], [], 0
     device = model.embed_tokens.weight.device
-    was_lean, model.residual.lean = model.residual.lean, True  # a lean write leaves one tensor to watch
-    try:
+    seen: list[list[Tensor]] = []
+    tokens: list[int] = []
+    with _layer_by_layer(model.residual):
         for inputs, targets in batches:
-            seen = _watch(model, inputs.to(device), targets.to(device))
-            magnitudes.append(seen[0])
-            gradients.append(seen[1])
-            weights.append(seen[2])
-            count += 1
-    finally:
-        model.residual.lean = was_lean
-    if count == 0:
+            seen.append(_watch(model, inputs.to(device), targets.to(device)))
+            tokens.append(targets.numel())
+    if not seen:
         raise ValueError("batches is empty; a probe needs at least one batch")
-    mean_square = lambda rows: torch.stack(rows).square().mean(0).sqrt().tolist()  # noqa: E731
+    share = torch.tensor(tokens) / sum(tokens)  # the last batch may have fewer rows
+    outputs, gradients, *weights = (torch.tensordot(share, torch.stack(same), 1) for same in zip(*seen, strict=True))
     return {
-        "output_magnitude": mean_square(magnitudes),
-        "gradient_magnitude": mean_square(gradients),
-        "depth_weights": _mean_rows(weights) if weights[0] is not None else None,
+        "output_magnitude": outputs.sqrt().tolist(),
+        "gradient_magnitude": gradients.sqrt().tolist(),
+        "depth_weights": [row.tolist() for row in weights] or None,
     }
 
 
-def _watch(model: Decoder, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, list[Tensor] | None]:
+def _watch(model: Decoder, inputs: Tensor, targets: Tensor) -> list[Tensor]:
+    """Mean squares of the outputs and of their gradients, [Transformer blocks] each; then every read's mean weights."""
     residual = model.residual
     context = model.context(inputs.shape[1], inputs.device)
-    attends = isinstance(residual, DepthAttention)
-    rows: list[Tensor] = []
+    weights: list[Tensor] = []
     outputs: list[Tensor] = []
+
+    def look(state: State, layer: int) -> None:
+        if isinstance(residual, DepthAttention):
+            with torch.no_grad():
+                weights.append(residual.depth_weights(state, layer).flatten(1).float().mean(1).cpu())
+
     with torch.enable_grad():
         state = residual.start(stream_dtype(model.embed_tokens(inputs)))
         for i, layer in enumerate(model.layers):
-            if isinstance(residual, DepthAttention):
-                rows.append(_token_mean(residual.depth_weights(state, i)))
+            look(state, i)
             x, state = residual.read(state, i, layer.norm)  # type: ignore[arg-type]
             state = residual.write(state, i, layer(x, context))
             if i % 2:
                 outputs.append(residual.latest(state))
-        if isinstance(residual, DepthAttention):
-            rows.append(_token_mean(residual.depth_weights(state, model.config.num_layers)))
+        look(state, model.config.num_layers)
         logits = model.lm_head(residual.finish(state, model.norm))
         # the sum, so that a token's gradient does not depend on how many others share the batch
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
-        slopes = torch.autograd.grad(loss, outputs)
-    rms = [torch.stack([t.detach().float().square().mean().sqrt() for t in ts]).cpu() for ts in (outputs, slopes)]
-    return rms[0], rms[1], rows if attends else None
+        gradients = torch.autograd.grad(loss, outputs)
+    return [_mean_squares(outputs), _mean_squares(gradients), *weights]
 
 
-def _token_mean(weights: Tensor) -> Tensor:
-    return weights.detach().flatten(1).float().mean(1).cpu()
+def _mean_squares(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack([tensor.detach().float().square().mean() for tensor in tensors]).cpu()
 
 
-def _mean_rows(batches: list[Any]) -> list[list[float]]:
-    return [torch.stack(same_row).mean(0).tolist() for same_row in zip(*batches, strict=True)]
+@contextmanager
+def _layer_by_layer(residual: Residual) -> Iterator[None]:
+    """States within hold each output as one tensor that later reads really use, and so has a gradient."""
+    settings = {"lean": True} | ({"schedule": "layerwise"} if isinstance(residual, DepthAttention) else {})
+    before = {name: getattr(residual, name) for name in settings}
+    try:
+        for name, value in settings.items():
+            setattr(residual, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(residual, name, value)

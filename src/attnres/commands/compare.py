@@ -15,7 +15,7 @@ import tyro
 from .. import residual as residuals
 from ..errors import UsageError
 from ..lab.compare import CompareConfig, compare
-from ..model import DecoderShape
+from ..model import DecoderShape, preset
 from ..train.config import RunConfig
 from . import flags
 
@@ -35,11 +35,11 @@ class CompareFlags(RunConfig):
     """Seeds, separated by commas; several show mean and spread."""
     out: Path = Path("runs/compare")
     """Folder of the comparison."""
-    seed: tyro.conf.Suppress[int] = 0
+    seed: tyro.conf.SuppressFixed[tyro.conf.Fixed[int]] = 0
     config: Path | None = None
     """YAML file with any of these settings; flags win over it."""
     preset: str | None = None
-    """Shape to start from: tiny, small, medium."""
+    """Shape to start from: tiny, small, medium; tiny if none is named."""
     model: DecoderShape = field(default_factory=DecoderShape)
     """Shape of the models."""
     residual: ResidualFlags = field(default_factory=ResidualFlags)
@@ -47,11 +47,10 @@ class CompareFlags(RunConfig):
 
 
 def run(argv: Sequence[str]) -> int:
-    early = flags.peek(argv, "config", "preset")
-    values = flags.read_yaml(early["config"])
-    residual = ResidualFlags(**{k.replace("-", "_"): v for k, v in values.pop("residual", {}).items()})
-    default = flags.run_defaults(CompareFlags, values, early["preset"], residual=residual)
-    given = flags.parse(CompareFlags, argv, "compare", default)
+    file = flags.peek(argv, "config")["config"]
+    shape = flags.peek([*flags.of_file(file, CompareFlags), *argv], "preset")["preset"] or "tiny"
+    default = CompareFlags(model=flags.open_shape(preset(shape)))
+    given = flags.parse(CompareFlags, argv, "compare", default, file)
     names = tuple(name.strip() for name in given.residuals.split(","))
     config = CompareConfig(
         residuals=names,

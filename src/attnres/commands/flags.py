@@ -1,13 +1,15 @@
-"""Flags that several commands share, and where their defaults come from: a preset, a YAML file, a saved run."""
+"""Flags that several commands share, and where their values come from: a preset, a saved run, a YAML file, the line."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import inspect
+import io
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -16,23 +18,48 @@ import yaml
 
 from .. import residual as residuals
 from ..errors import UsageError
-from ..model import DecoderConfig, DecoderShape, preset
+from ..model import DecoderConfig, DecoderShape
 from ..train.config import RunConfig, TrainConfig
-from ..train.optim import OptimConfig
 
 T = TypeVar("T")
 OPTION_HELP = r"^ *%s: (.*?)(?=^ *\w+: |\n\n)"  # its entry under "Args:" in a docstring
-DERIVED = ("num_key_value_heads", "head_dim", "intermediate_size")
 
 
-def parse(flags: type[T], argv: Sequence[str], command: str, default: T) -> T:
-    """The flags of a command line. Bad usage ends the process with status 2, --help with 0."""
-    return tyro.cli(
-        flags,
-        args=list(argv),
-        default=default,
-        prog=f"attnres {command}",
-    )
+def parse(flags: type[T], argv: Sequence[str], command: str, default: Any, config: str | None = None) -> T:
+    """The flags of a command line, which win over those of the YAML file `config`; --help ends the process.
+
+    Raises UsageError for what is unknown or of a wrong type.
+    """
+    in_file = of_file(config, flags)
+    try:
+        return _parse(flags, [*in_file, *argv], command, default)
+    except UsageError:
+        if in_file:
+            try:
+                _parse(flags, in_file, command, default)
+            except UsageError as error:
+                raise UsageError(f"--config {config}: {error}") from None
+        raise
+
+
+def _parse(flags: type[T], argv: Sequence[str], command: str, default: Any) -> T:
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(flags, args=argv, default=default, prog=f"attnres {command}")
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UsageError(_sentence(box.getvalue())) from None
+
+
+def _sentence(box: str) -> str:
+    """tyro's error, a box with lines across, in colour on a terminal, as one sentence."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    text = " ".join(row.strip("│ ") for row in plain.splitlines()[1:-1])
+    message, *more = (part.strip() for part in re.split("─{3,}", text))
+    ours = re.fullmatch(r"Error parsing \w+: (.*)", message)  # a UsageError of a dataclass: complete as it is
+    return ours[1] if ours else "; ".join([message.removeprefix("Error parsing ").rstrip("."), *more])
 
 
 def peek(argv: Sequence[str], *names: str) -> dict[str, str | None]:
@@ -43,49 +70,50 @@ def peek(argv: Sequence[str], *names: str) -> dict[str, str | None]:
     return vars(early.parse_known_args(list(argv))[0])
 
 
-def read_yaml(path: str | None) -> dict[str, Any]:
-    """The mapping in a YAML file whose keys are the flags' names; nothing for no file."""
+def of_file(path: str | None, flags: Any) -> list[str]:
+    """The settings of a YAML file, a mapping of the names of `flags`, as a command line; nothing for no file."""
     if not path:
-        return {}
+        return []
     try:
         values = yaml.safe_load(Path(path).read_text())
     except OSError as error:
-        raise UsageError(f"--config {path} cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
+        raise UsageError(f"--config {path} cannot be read: {error.strerror}; give a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UsageError(f"--config {path} must be a mapping of flag names to values, such as `steps: 1000`")
-    return {str(name).replace("-", "_"): value for name, value in values.items()}
+    return list(_as_flags(values, flags, ""))
 
 
-def run_defaults(cls: type[T], values: dict[str, Any], preset_name: str | None, **more: Any) -> T:
-    """An instance of a flags class from a YAML mapping over a preset; other fields keep their defaults."""
-    values = dict(values)
-    shape = shape_default(preset_name or values.pop("preset", None) or "tiny", values.pop("model", {}))
-    parts: dict[str, Any] = {"model": shape, "optim": _part(OptimConfig, values.pop("optim", {}), "optim."), **more}
-    return _part(cls, {**values, **parts}, "")
+def _as_flags(values: dict[Any, Any], flags: Any, prefix: str) -> Iterator[str]:
+    fields = {f.name: f for f in dataclasses.fields(flags)} if flags is not None else {}
+    for key, value in values.items():
+        name = str(key).replace("_", "-")
+        field = fields.get(name.replace("-", "_"))
+        if isinstance(value, dict):
+            part = field.default_factory if field is not None else None
+            yield from _as_flags(value, part if dataclasses.is_dataclass(part) else None, f"{prefix}{name}.")
+        elif isinstance(value, bool) and field is not None and isinstance(field.default, bool):
+            yield f"--{prefix}{'' if value else 'no-'}{name}"
+        elif isinstance(value, list) and field is not None and isinstance(field.default, str):
+            yield f"--{prefix}{name}={','.join(map(str, value))}"
+        elif isinstance(value, list):
+            yield from (f"--{prefix}{name}", *map(str, value))
+        else:
+            yield f"--{prefix}{name}={value}"
 
 
-def shape_default(preset_name: str, changes: dict[str, Any]) -> DecoderShape:
-    """A preset's shape with changes; sizes that follow from others stay open, so that flags can still move those."""
-    base = preset(preset_name)
-    given = {f.name: getattr(base, f.name) for f in dataclasses.fields(DecoderShape)}
-    free = DecoderShape(hidden_size=base.hidden_size, num_attention_heads=base.num_attention_heads)
-    for name in DERIVED:
-        if given[name] == getattr(free, name):
-            given[name] = None
-    shape = _part(DecoderShape, {**given, **changes}, "model.")
-    for name in DERIVED:
-        setattr(shape, name, changes.get(name, given[name]))
+def open_shape(model: DecoderShape) -> DecoderShape:
+    """Its shape with the sizes that follow from others left open, so that flags move those too."""
+    shape = DecoderShape(**{f.name: getattr(model, f.name) for f in dataclasses.fields(DecoderShape)})
+    plain = DecoderShape(hidden_size=model.hidden_size, num_attention_heads=1)
+    if model.num_key_value_heads == model.num_attention_heads:
+        shape.num_key_value_heads = None
+    if model.head_dim is not None and model.head_dim * model.num_attention_heads == model.hidden_size:
+        shape.head_dim = None
+    if model.intermediate_size == plain.intermediate_size:
+        shape.intermediate_size = None
     return shape
-
-
-def _part(cls: type[T], values: dict[str, Any], prefix: str) -> T:
-    known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    for name in values:
-        if name not in known:
-            raise UsageError(f"--config has no field {prefix}{name}; known: {', '.join(known)}")
-    return cls(**values)
 
 
 def _residual_options() -> dict[str, tuple[Any, str]]:
@@ -125,5 +153,9 @@ def chosen_options(flags: Any) -> dict[str, Any]:
 def train_config(flags: RunConfig, shape: DecoderShape, name: str, options: dict[str, Any]) -> TrainConfig:
     """The run that the flags describe."""
     model = DecoderConfig(**dataclasses.asdict(shape), residual=name, residual_options=options)
-    shared = {f.name: getattr(flags, f.name) for f in dataclasses.fields(RunConfig)}
-    return TrainConfig(**shared, model=model)
+    return TrainConfig(**run_fields(flags), model=model)
+
+
+def run_fields(config: RunConfig) -> dict[str, Any]:
+    """What a run has beside its model, by name."""
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(RunConfig)}

@@ -12,8 +12,8 @@ import torch
 import tyro
 
 from ..model.generate import generate
+from ..train.run_folder import load_run
 from ..train.tokenizer import load_tokenizer_from
-from ..train.trainer import load_run
 from . import flags
 
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..model import DecoderShape
+from ..model import DecoderShape, preset
 from ..train.config import RunConfig
-from ..train.trainer import read_config, train
+from ..train.run_folder import read_config
+from ..train.trainer import train
 from . import flags
 
 ResidualFlags: Any = flags.residual_flags(with_name=True)
@@ -25,7 +26,7 @@ class TrainFlags(RunConfig):
     config: Path | None = None
     """YAML file with any of these settings; flags win over it."""
     preset: str | None = None
-    """Shape to start from: tiny, small, medium."""
+    """Shape to start from: tiny, small, medium; tiny if none is named."""
     model: DecoderShape = field(default_factory=DecoderShape)
     """Shape of the model."""
     residual: ResidualFlags = field(default_factory=ResidualFlags)
@@ -33,20 +34,26 @@ class TrainFlags(RunConfig):
 
 
 def run(argv: Sequence[str]) -> int:
-    early = flags.peek(argv, "config", "preset", "out")
-    values = flags.read_yaml(early["config"])
-    if "--resume" in argv:
-        saved = read_config(Path(early["out"] or RunConfig.out)).to_dict()
-        model = saved.pop("model")
-        options = {"name": model.pop("residual"), **model.pop("residual_options")}
-        values = {**saved, "model": model, **values}
-        values.setdefault("residual", options)
-    residual = ResidualFlags(**{k.replace("-", "_"): v for k, v in values.pop("residual", {}).items()})
-    default = flags.run_defaults(TrainFlags, values, early["preset"], residual=residual)
-    given = flags.parse(TrainFlags, argv, "train", default)
+    file = flags.peek(argv, "config")["config"]
+    settings = [*flags.of_file(file, TrainFlags), *argv]
+    early = flags.peek(settings, "preset", "out")
+    if "--resume" in settings:
+        default = _saved(Path(early["out"] or RunConfig.out))
+    else:
+        default = TrainFlags(model=flags.open_shape(preset("tiny")))
+    if early["preset"]:
+        default.model = flags.open_shape(preset(early["preset"]))
+    given = flags.parse(TrainFlags, argv, "train", default, file)
     config = flags.train_config(given, given.model, given.residual.name, flags.chosen_options(given.residual))
     result = train(config, given.resume)
     if result.finished:
         print(f"validation loss {result.val_loss:.4f} after {result.tokens:,} tokens; saved in {config.out}")
         print(f"next: attnres generate {config.out} --prompt 'def '", file=sys.stderr)
     return 0
+
+
+def _saved(out: Path) -> TrainFlags:
+    """The settings of the run in `out`."""
+    saved = read_config(out)
+    residual = ResidualFlags(name=saved.model.residual, **saved.model.residual_options)
+    return TrainFlags(**flags.run_fields(saved), model=flags.open_shape(saved.model), residual=residual)

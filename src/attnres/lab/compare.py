@@ -12,7 +12,9 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median
@@ -24,12 +26,16 @@ from .. import residual as residuals
 from ..analysis.figures import write_figures
 from ..analysis.probe import probe
 from ..analysis.report import write_report
+from ..analysis.style import apply_style
 from ..errors import Failure, UsageError
-from ..model import DecoderConfig, DecoderShape, preset
+from ..model import DecoderConfig, DecoderShape
 from ..train import hardware
+from ..train.checkpoint import check_compatible
 from ..train.config import TrainConfig
 from ..train.data import load_corpus, validation_batches
 from ..train.journal import read_metrics
+from ..train.run_folder import read_config
+from ..train.stopping import starting_deaf_processes
 from ..train.trainer import train
 from ..version import __version__
 
@@ -73,11 +79,6 @@ class CompareConfig:
         ]
 
 
-def default_comparison() -> CompareConfig:
-    """What `attnres compare` runs when nothing is asked: minutes on two CPU cores."""
-    return CompareConfig(train=TrainConfig(model=preset("tiny"), out=Path("runs/compare")))
-
-
 def compare(config: CompareConfig, command: str = "") -> dict[str, Any]:
     """Trains every run, each in a process of its own, and writes results.json, figures/ and report.html under
     train.out.
@@ -87,13 +88,16 @@ def compare(config: CompareConfig, command: str = "") -> dict[str, Any]:
     run fails.
     """
     out = config.train.out
+    with apply_style():
+        pass  # refuses a missing matplotlib, and the loop bad options, before the first run
     for run in config.runs():
-        run.model.build_residual()  # refuses bad options before the first step
+        run.model.build_residual()
     corpus = load_corpus(
         config.train.data, config.train.tokenizer, config.train.cache_dir, text_column=config.train.text_column
     )
     config = dataclasses.replace(config, train=config.train.with_vocabulary(corpus.tokenizer.vocab_size))
     runs = config.runs()
+    _check_resumable(runs)
     finished = [_finished_run(run, f"[{i}/{len(runs)}]") for i, run in enumerate(runs, 1)]
     device = hardware.find_device(config.train.device)
     results = {
@@ -149,76 +153,55 @@ def summarise(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> list[dict
     return rows
 
 
+def _check_resumable(runs: Sequence[TrainConfig]) -> None:
+    for run in runs:
+        if (run.out / "config.json").exists():
+            try:
+                check_compatible(read_config(run.out).curve(), run.curve())
+            except UsageError as error:
+                raise UsageError(f"out holds another comparison, choose another --out: in {run.out} {error}") from error
+
+
 def _finished_run(config: TrainConfig, label: str) -> dict[str, Any]:
     """The result of a run, made in a fresh process, so that its peak memory and speed are its own."""
     file = config.out / "result.json"
     if file.exists():
-        saved = json.loads(file.read_text())
-        if saved["config"] == config.curve():
-            return saved["result"]
-        raise UsageError(
-            f"out holds another comparison's run: {config.out} has other settings; choose another --out or delete it"
-        )
+        return json.loads(file.read_text())
     print(f"{label} {config.model.residual}, seed {config.seed}", file=sys.stderr, flush=True)
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_run_and_probe, args=(config, sender))
-    process.start()
+    process = context.Process(target=_send_result, args=(config, sender))
+    with starting_deaf_processes(signal.SIGINT):  # on Ctrl-C this process tells it to stop
+        # threads that spin at barriers crawl as soon as another program wants a core
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        process.start()
     sender.close()
     try:
-        kind, value = receiver.recv()
-    except EOFError:
-        kind, value = "died", None
-    finally:
-        if sys.exc_info()[0] is not None:
-            process.terminate()  # it saves a checkpoint and ends
+        answer = receiver.recv()
         process.join()
-    if kind == "usage":
-        raise UsageError(value)
-    if kind == "failure":
-        raise Failure(value)
-    if kind == "stopped":
-        raise KeyboardInterrupt
-    if kind == "died":
-        raise Failure(f"the run in {config.out} ended with exit code {process.exitcode}; call again to continue")
-    _write_json(file, {"config": config.curve(), "result": value})
-    return value
+    except EOFError:
+        process.join()
+        answer = Failure(f"the run in {config.out} ended with exit code {process.exitcode}; call again to continue")
+    except BaseException:
+        process.terminate()  # it saves a checkpoint and ends
+        process.join()
+        print(f"stopped in {config.out}; call again to continue", file=sys.stderr)
+        raise
+    if isinstance(answer, Exception):
+        raise answer
+    _write_json(file, answer)
+    return answer
 
 
-def _run_and_probe(config: TrainConfig, sender: Any) -> None:
+def _send_result(config: TrainConfig, sender: Any) -> None:
     threading.Thread(target=_follow_parent, daemon=True).start()
     try:
-        outcome = train(config, resume=(config.out / "config.json").exists())
-        if not outcome.finished:
-            sender.send(("stopped", None))
-            return
-        batches = list(_probe_batches(config))
-        with hardware.autocast(
-            device := hardware.find_device(config.device), hardware.find_precision(config.precision, device)
-        ):
-            inside = probe(outcome.model, batches)
-        records = read_metrics(config.out)
-        sender.send(
-            (
-                "done",
-                {
-                    "residual": config.model.residual,
-                    "seed": config.seed,
-                    "parameters": config.model.parameter_counts()["total"],
-                    "tokens": outcome.tokens,
-                    "val_loss": outcome.val_loss,
-                    "tokens_per_second": median(r["tokens_per_second"] for r in records if "tokens_per_second" in r),
-                    "peak_memory_bytes": outcome.peak_memory_bytes,
-                    "curve": _columns(records, "loss"),
-                    "val_curve": _columns(records, "val_loss"),
-                    **inside,
-                },
-            )
-        )
-    except UsageError as error:
-        sender.send(("usage", str(error)))
-    except Failure as error:
-        sender.send(("failure", str(error)))
+        answer: Any = _train_and_probe(config)
+    except Exception as error:
+        error.add_note(traceback.format_exc())
+        answer = error
+    with suppress(BrokenPipeError):  # nobody is left to hear it
+        sender.send(answer)
 
 
 def _follow_parent() -> None:
@@ -227,6 +210,28 @@ def _follow_parent() -> None:
     if parent is not None:
         parent.join()
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _train_and_probe(config: TrainConfig) -> dict[str, Any]:
+    outcome = train(config, resume=(config.out / "config.json").exists())
+    if not outcome.finished:
+        raise Failure(f"the run in {config.out} was stopped at step {outcome.step}; call again to continue")
+    device = hardware.find_device(config.device)
+    with hardware.autocast(device, hardware.find_precision(config.precision, device)):
+        inside = probe(outcome.model, _probe_batches(config))
+    records = read_metrics(config.out)
+    return {
+        "residual": config.model.residual,
+        "seed": config.seed,
+        "parameters": config.model.parameter_counts()["total"],
+        "tokens": outcome.tokens,
+        "val_loss": outcome.val_loss,
+        "tokens_per_second": median(r["tokens_per_second"] for r in records if "tokens_per_second" in r),
+        "peak_memory_bytes": outcome.peak_memory_bytes,
+        "curve": _columns(records, "loss"),
+        "val_curve": _columns(records, "val_loss"),
+        **inside,
+    }
 
 
 def _probe_batches(config: TrainConfig) -> Any:
@@ -246,6 +251,8 @@ def _write_json(path: Path, value: Any) -> None:
         scratch.write_text(json.dumps(value, indent=1) + "\n")
         os.replace(scratch, path)
     except OSError as error:
+        with suppress(OSError):
+            scratch.unlink(missing_ok=True)
         raise Failure(f"cannot write {path}: {error.strerror}; free some space and call again") from error
 
 

@@ -4,8 +4,8 @@
     eager       gradient written by hand; any device, any dtype; what "auto" takes without a GPU
     triton      fused kernels on CUDA; bf16, fp16, fp32
 
-"auto" takes triton for CUDA tensors that its kernels support and eager elsewhere. Under torch.compile on a CPU it takes
-the reference, which Inductor fuses better than opaque steps. ATTNRES_BACKEND sets the choice at import.
+"auto" takes triton for CUDA tensors that its kernels support and eager elsewhere; torch.compile traces into it and
+fuses it. ATTNRES_BACKEND sets the choice at import.
 """
 
 import importlib.util
@@ -70,7 +70,7 @@ def _automatic(source: Tensor, num_sources: int) -> str:
         and num_sources <= MAX_TRITON_SOURCES
     ):
         return "triton"
-    return "reference" if torch.compiler.is_compiling() else "eager"
+    return "eager"
 
 
 def _module(name: str) -> ModuleType:

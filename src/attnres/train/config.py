@@ -31,13 +31,13 @@ class RunConfig:
     """Field that holds the text in JSONL, Parquet and datasets."""
     out: Path = Path("runs/train")
     """Folder of the run: config.json, metrics.jsonl, tensorboard/, checkpoints/."""
-    steps: int = 300
+    steps: int = 180
     """Optimizer steps of the whole run."""
     batch_size: int = 8
     """Sequences in one forward pass."""
     accumulate: int = 1
     """Forward passes in one optimizer step (gradient accumulation)."""
-    context: int = 256
+    context: int = 128
     """Tokens in a sequence."""
     seed: int = 0
     """Seed of the initial weights and of the data order."""
@@ -49,9 +49,9 @@ class RunConfig:
     """Compile the model with torch.compile."""
     checkpointing: bool = False
     """Activation checkpointing: recompute each Transformer block in the backward pass instead of keeping it."""
-    validate_every: int = 50
+    validate_every: int = 60
     """Steps between validations; the last step is always validated."""
-    validation_tokens: int = 65536
+    validation_tokens: int = 32768
     """Tokens of a validation, always the same ones; fewer if the corpus has fewer."""
     checkpoint_every: int = 100
     """Steps between checkpoints; the last step is always saved."""

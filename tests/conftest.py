@@ -1,0 +1,39 @@
+"""A small corpus, a tiny model and the command line, for the tests of what trains."""
+
+import os
+import random
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads cost more than they give
+
+from .command_line import Server
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """server.run(*argv) -> how that command ended."""
+    server = Server(tmp_path_factory.mktemp("commands"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def corpus_file(tmp_path_factory):
+    """A text file of 12 kB that a model can learn something from."""
+    words = ["source", "block", "query", "attends", "over", "depth", "the", "residual", "stream", "a", "layer", "reads"]
+    text = " ".join(random.Random(0).choices(words, k=2000))
+    path = tmp_path_factory.mktemp("corpus") / "words.txt"
+    path.write_text(text)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny(corpus_file):
+    """Flags of a run that takes a second: 2 Transformer blocks of width 32, 10 steps, a checkpoint every third."""
+    flags = f"""
+        --data {corpus_file} --device cpu --precision float32 --context 32 --batch-size 4 --steps 10
+        --checkpoint-every 3 --validate-every 4 --validation-tokens 160 --log-every 1 --optim.warmup-steps 2
+        --model.hidden-size 32 --model.num-hidden-layers 2 --model.num-attention-heads 2
+    """
+    return flags.split()
