@@ -1,6 +1,6 @@
 """What depth attention costs in training on this machine: one read, and one whole decoder step.
 
-    python benchmarks/decoder_step.py [--out benchmarks/results] [--repeats 7] [--dtype float32 bfloat16]
+    PYTHONPATH=src python benchmarks/decoder_step.py [--out benchmarks/results] [--repeats 7] [--dtype float32 bfloat16]
 
 Two questions, each answered in one process, medians over interleaved repeats, ratios to the rival of the same run:
 1. One read of 9 sources, [2048, 512], forward and backward: the paper's straightforward form (stack, RMSNorm, einsum)
@@ -12,23 +12,17 @@ Two questions, each answered in one process, medians over interleaved repeats, r
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import platform
-import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
+import rivals
+import timing
 import torch
 from torch.nn import functional as F
 
-import attnres
 from attnres import ops
 from attnres.model import Decoder, DecoderConfig
-from attnres.residual import DepthAttention
 from attnres.train import hardware
 
 TOKENS, WIDTH, SOURCES = 2048, 512, 9
@@ -38,41 +32,21 @@ SHAPE = dict(hidden_size=WIDTH, num_hidden_layers=12, num_attention_heads=8, max
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
+    parser.add_argument("--out", type=Path, default=timing.RESULTS, help="folder of the results")
     parser.add_argument("--repeats", type=int, default=7, help="timed repeats of every variant")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     arguments = parser.parse_args()
     device = hardware.find_device(arguments.device)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    facts = {
-        "device": hardware.describe(device),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "attnres": attnres.__version__,
-        "commit": commit or None,
-        "date": datetime.date.today().isoformat(),
-        "repeats": arguments.repeats,
-    }
+    facts = timing.facts(device, repeats=arguments.repeats)
     tables = {}
     for name in arguments.dtype:
         dtype = getattr(torch, name)
         tables[f"one read, {name}"] = compare(reads(dtype, device), arguments.repeats, device, "straightforward")
         tables[f"decoder step, {name}"] = compare(steps(dtype, device), arguments.repeats, device, "prenorm")
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    file = arguments.out / f"decoder_step_{device.type}.json"
-    file.write_text(json.dumps({**facts, "milliseconds": tables}, indent=1) + "\n")
-    text = markdown(facts, tables)
-    file.with_suffix(".md").write_text(text)
-    print(text)
-
-
-def straightforward(query: Any, sources: Any, key_norm: Any, eps: float, *, scale: float = 1.0) -> torch.Tensor:
-    """The paper's pseudocode: stack the sources, normalise the keys, softmax, weighted sum."""
-    values = torch.stack(list(sources))
-    keys = F.rms_norm(values, values.shape[-1:], key_norm.to(values.dtype), eps)
-    weights = torch.einsum("d,n...d->n...", query.to(values.dtype), keys).softmax(0)
-    return torch.einsum("n...,n...d->...d", weights, values) * scale
+    lines = markdown(facts, tables)
+    timing.save(arguments.out, f"decoder_step_{device.type}", {**facts, "milliseconds": tables}, lines)
+    print("\n".join(lines))
 
 
 def reads(dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[], Any]]:
@@ -86,18 +60,12 @@ def reads(dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[], An
     def variant(op: Callable[..., Any]) -> Callable[[], Any]:
         return lambda: torch.autograd.grad(op(query, sources, key_norm, 1e-6), leaves, direction)
 
+    def straightforward(query: Any, sources: Any, key_norm: Any, eps: float) -> torch.Tensor:
+        return rivals.straightforward(query, sources, key_norm, eps, None)
+
     forms = {"straightforward": straightforward, "attnres": ops.depth_attention}
     compiled = {f"{name}, compiled": torch.compile(op, fullgraph=True) for name, op in forms.items()}
     return {name: variant(op) for name, op in (*forms.items(), *compiled.items())}
-
-
-class StraightforwardReads(DepthAttention):
-    """Mixed into a residual: reads as the paper writes them."""
-
-    def single_read(self, sources: Any, layer: int, norm: Any) -> Any:
-        scale = self.scale(len(sources))
-        h = straightforward(self.pseudo_query[layer], sources, self.key_norm[layer], self.eps, scale=scale)
-        return (h if norm is None else norm(h)), sources
 
 
 def steps(dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[], Any]]:
@@ -108,8 +76,7 @@ def steps(dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[], An
     def variant(residual: str, plain: bool = False) -> Callable[[], Any]:
         model = Decoder(DecoderConfig(**SHAPE, residual=residual)).to(device)  # type: ignore[arg-type]
         if plain:
-            cls = type(model.residual)
-            model.residual.__class__ = type(f"Straightforward{cls.__name__}", (StraightforwardReads, cls), {})
+            model.residual = rivals.plug(model.residual, rivals.STRAIGHTFORWARD)
 
         def step() -> None:
             with hardware.autocast(device, dtype):
@@ -130,39 +97,21 @@ def steps(dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[], An
 
 def compare(variants: dict[str, Callable[[], Any]], repeats: int, device: torch.device, rival: str) -> dict[str, Any]:
     """Median and extremes of each variant in milliseconds, and its ratio to the rival, over interleaved repeats."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for repeat in range(repeats + 2):
-        for name, call in variants.items():
-            hardware.synchronize(device)
-            start = time.perf_counter()
-            call()
-            hardware.synchronize(device)
-            if repeat >= 2:
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return {
-        name: {
-            "median": median(values),
-            "min": min(values),
-            "max": max(values),
-            "ratio": median(values) / median(times[rival]),
-        }
-        for name, values in times.items()
-    }
+    timed = {name: lambda call=call: {"call": timing.wall(call, device)} for name, call in variants.items()}
+    spreads = {name: timing.spread(parts["call"]) for name, parts in timing.interleave(timed, repeats).items()}
+    return {name: {**row, "ratio": row["median"] / spreads[rival]["median"]} for name, row in spreads.items()}
 
 
-def markdown(facts: dict[str, Any], tables: dict[str, Any]) -> str:
+def markdown(facts: dict[str, Any], tables: dict[str, Any]) -> list[str]:
     lines = ["# One read and one decoder step", "", ", ".join(f"{k} {v}" for k, v in facts.items()), ""]
     for title, rows in tables.items():
-        lines += [
-            f"## {title}, forward and backward",
-            "",
-            "| | median ms | min | max | ratio |",
-            "|---|---|---|---|---|",
+        cells = [
+            [name, *(f"{row[part]:.1f}" for part in ("median", "min", "max")), f"{row['ratio']:.3f}"]
+            for name, row in rows.items()
         ]
-        for name, r in rows.items():
-            lines.append(f"| {name} | {r['median']:.1f} | {r['min']:.1f} | {r['max']:.1f} | {r['ratio']:.3f} |")
-        lines.append("")
-    return "\n".join(lines)
+        lines += [f"## {title}, forward and backward", ""]
+        lines += timing.markdown_table(["", "median ms", "min", "max", "ratio"], cells)
+    return lines
 
 
 if __name__ == "__main__":

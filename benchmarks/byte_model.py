@@ -1,0 +1,222 @@
+"""How many bytes a residual path moves through device memory in one training step, by design.
+
+    python benchmarks/byte_model.py                 # the tables of docs/performance.md
+
+The unit is a pass: one [T, D] tensor read or written once, T * D * 2 bytes in bf16. The path runs from a layer's output
+to the next layer's normalised input, in front of the output head too; what layers move themselves is not counted, nor
+are scalars per token unless they add up. A GPU's caches are taken to hold nothing from one kernel to the next.
+
+L layers in blocks of S; a block's first layer reads the n finished blocks (the embedding is one), later ones the
+block's partial sum too, m sources in all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+ADD = 3  # reads two, writes one: a sum, or autograd joining two gradients of one tensor
+NORM, NORM_BACKWARD = 2, 3
+
+
+class Passes(NamedTuple):
+    forward: float
+    backward: float
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward
+
+    def bytes(self, tokens: int, width: int, itemsize: int = 2) -> tuple[float, float]:
+        return self.forward * tokens * width * itemsize, self.backward * tokens * width * itemsize
+
+
+def blocks(L: int, S: int) -> list[tuple[int, int]]:
+    """(finished blocks that it reads, its layers) of every block; the last one may be short."""
+    return [(index + 1, min(S, L - first)) for index, first in enumerate(range(0, L, S))]
+
+
+# One operation
+
+
+def add_norm() -> Passes:
+    """stream + update and its norm: two in, two out; back: dx, sum, later gradient in, one out."""
+    return Passes(4, 4)
+
+
+def read(m: int) -> Passes:
+    """One read of m sources and its norm; back: the sources and dx in, their gradients out."""
+    return Passes(m + 1, 2 * m + 1)
+
+
+def inter_block(n: int, queries: int) -> Passes:
+    """Phase 1: finished blocks in, a read a query out; back: blocks and gradients of reads in, n gradients out."""
+    return Passes(n + queries, 2 * n + queries)
+
+
+def merge() -> Passes:
+    """Phase 2 with the pending sum and the norm: partial sum, update and phase 1's read in, sum and x out; back: dx,
+    the read, the sum and its later gradient in, two gradients out."""
+    return Passes(5, 6)
+
+
+# Whole residual paths
+
+
+def standard(L: int, S: int) -> Passes:
+    """Add and norm in one kernel."""
+    return Passes(L * add_norm().forward, L * add_norm().backward)
+
+
+def standard_unfused(L: int, S: int) -> Passes:
+    """Add, then norm; back: the norm, then autograd's sum."""
+    return Passes(L * (ADD + NORM), L * (NORM_BACKWARD + ADD))
+
+
+def layer_by_layer(L: int, S: int, one: Callable[[int], Passes], threaded: bool = False) -> Passes:
+    """Every layer reads all its sources anew; `one` is a read of m sources with its norm.
+
+    A tensor with k readers gets k gradients, and autograd joins them with k - 1 sums, unless readers hand their sources
+    on (threaded): `one` then counts what it takes to add to the gradient that comes back along the chain.
+    """
+    parts = blocks(L, S)
+    sources = len(parts) + 1
+    forward, backward = one(sources)
+    readers = [1] * sources  # of the embedding and of every block; the read in front of the head is one
+    partial_sums = 0
+    for n, layers in parts:
+        for j in range(layers):
+            f, b = one(n + (j > 0))
+            forward, backward = forward + f, backward + b
+            for source in range(n):
+                readers[source] += 1
+        forward += ADD * (layers - 1)
+        partial_sums += layers - 1  # each has two readers: its layer and the next sum
+    if not threaded:
+        backward += ADD * (partial_sums + sum(count - 1 for count in readers))
+    return Passes(forward, backward)
+
+
+def straightforward(L: int, S: int) -> Passes:
+    """The paper's pseudocode in PyTorch, each operation at its best: stack, norm of the keys, two contractions.
+
+    Forward: stack 2m, norm 2m, logits m, sum m + 1. Back: weights' gradient m + 1, two parts of the values' gradient m
+    each, query's m, norm 3m, their sum 3m.
+    """
+    return layer_by_layer(L, S, lambda m: Passes(6 * m + 1 + NORM, 10 * m + 1 + NORM_BACKWARD))
+
+
+def per_read(L: int, S: int, partials: float = 8) -> Passes:
+    """A fused read with its norm, alone in autograd (flash-linear-attention).
+
+    partials: what the sums over tokens for the gradients of query and norm cost: 8 for two [T, D] tensors in fp32,
+    written and read again (its Triton kernels); 0.25 for one row each 32 tokens (its Gluon kernels).
+    """
+    return layer_by_layer(L, S, lambda m: Passes(m + 1, 2 * m + 1 + partials))
+
+
+def per_read_threaded(L: int, S: int) -> Passes:
+    """A fused read that hands its sources on: what this library does for Full AttnRes (S = 1) and lean states."""
+    return layer_by_layer(L, S, lambda m: Passes(m + 1, 3 * m + 1), threaded=True)
+
+
+def two_phase_recomputed(L: int, S: int, norms: bool = True) -> Passes:
+    """Two phases without fused sums and norms, everything recomputed in backward, fp32 scratch (flash-attn-res)."""
+    parts = blocks(L, S)
+    sources = len(parts) + 1
+    forward: float = 2 + sources + 1  # the embedding enters the bank; the read in front of the head
+    backward: float = 2 * sources + 1 + 4  # that read's gradients, the query's in fp32 written and read
+    for n, s in parts:
+        once = n + s + ADD * (s - 1) + 2 + ADD * (s - 1)  # phase 1, merges, first output copied, others added
+        forward += once + NORM * s * norms
+        backward += once  # recomputed
+        backward += 3 * s  # each layer's gradient to fp32
+        backward += ADD * (s - 1) + 8 * (s - 1) + 4  # partial sum undone; merges and the first copy in fp32
+        backward += 3 * n + 4 * s + 2 * s  # phase 1: blocks, their gradients in and out; reads' and queries' in fp32
+        backward += (NORM + NORM_BACKWARD) * s * norms
+    return Passes(forward, backward)
+
+
+def two_phase(L: int, S: int, width: int, group: int = 8, threaded: bool = True) -> Passes:
+    """Two phases with sums and norms fused, sources handed on from block to block (this library).
+
+    group: queries that share one pass over the finished blocks. threaded=False: each phase 1 writes gradients of its
+    own, which autograd joins.
+    """
+    parts = blocks(L, S)
+    forward = backward = 0.0
+    for index, (n, s) in enumerate(parts):
+        groups = -(-s // group)
+        forward += groups * n
+        if index > 0:
+            forward += ADD - 1  # the last block's sum is formed as phase 1 reads it
+        if n > 1:
+            forward += s - 1  # reads for the merges to come; over the embedding alone each is the embedding
+            forward += 1  # the first layer's read, kept for its norm
+        forward += 1  # the first layer's x
+        forward += (s > 1) * 3 + max(0, s - 2) * merge().forward  # the second layer's sum is its update
+        backward += NORM_BACKWARD + (s - 1) * merge().backward
+        backward += groups * 3 * n + s  # blocks, gradients in, gradients out; gradients of the reads
+        backward += groups * n  # blocks again, for the queries
+        backward += 0.13 * s + 16 * n * s / (2 * width)  # partial sums of the queries' gradients; scalars in fp32
+        if not threaded:
+            backward += groups * 2 * n
+    sources = len(parts) + 1
+    forward += ADD - 1 + sources + 1  # the read in front of the head, the last block's sum formed in it
+    backward += 2 * sources + 1
+    return Passes(forward, backward)
+
+
+def least(L: int, S: int) -> Passes:
+    """No kernel can do with less: as `standard`, and a block's sources read once each way, their gradients written
+    once."""
+    parts = blocks(L, S)
+    sources = len(parts) + 1
+    forward, backward = sources + 1, 2 * sources + 1
+    for n, s in parts:
+        forward += n + 1 + 2 * (s > 1) + 4 * max(0, s - 2) + ADD
+        backward += 2 * n + 1 + 4 * (s - 1)
+    return Passes(forward, backward)
+
+
+# Tables
+
+SHAPES = ((2048, 32, 8), (2304, 54, 6), (7168, 186, 24))  # width, layers, layers in a block
+DESIGNS: dict[str, Callable[[int, int, int], Passes]] = {
+    "standard residual, add + norm fused": lambda D, L, S: standard(L, S),
+    "standard residual, add, then norm": lambda D, L, S: standard_unfused(L, S),
+    "straightforward PyTorch, at its best": lambda D, L, S: straightforward(L, S),
+    "fused read (flash-linear-attention, Triton)": lambda D, L, S: per_read(L, S),
+    "fused read (flash-linear-attention, Gluon)": lambda D, L, S: per_read(L, S, partials=0.25),
+    "two-phase, recomputed (flash-attn-res)": lambda D, L, S: two_phase_recomputed(L, S),
+    "fused read, threaded": lambda D, L, S: per_read_threaded(L, S),
+    "two-phase fused, autograd's sums": lambda D, L, S: two_phase(L, S, D, threaded=False),
+    "**two-phase fused, threaded**": lambda D, L, S: two_phase(L, S, D),
+    "least possible": lambda D, L, S: least(L, S),
+}
+
+
+def table(width: int, L: int, S: int, tokens: int = 16384, bandwidth: float = 3e12, flops: float = 320e12) -> str:
+    """Markdown: per layer and per step, at `bandwidth` bytes/s. Percent of the time of the layers themselves, counted
+    as 36 T D^2 operations a layer (dense Transformer, forward and backward) at `flops` operations/s."""
+    layers_ms = 1e3 * 36 * tokens * width**2 * L / flops
+    lines = [
+        f"D={width}, L={L}, S={S}, {tokens} tokens, bf16: a pass is {tokens * width * 2 / 1e6:.0f} MB",
+        "",
+        "| design | passes per layer, forward + backward | MB per layer | GB per step | ms per step | of the layers |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, design in DESIGNS.items():
+        passes = design(width, L, S)
+        forward, backward = passes.bytes(tokens, width)
+        ms = 1e3 * (forward + backward) / bandwidth
+        lines.append(
+            f"| {name} | {passes.forward / L:.1f} + {passes.backward / L:.1f} "
+            f"| {forward / L / 1e6:.0f} + {backward / L / 1e6:.0f} "
+            f"| {(forward + backward) / 1e9:.1f} | {ms:.1f} | {100 * ms / layers_ms:.1f} % |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print("\n\n".join(table(*shape) for shape in SHAPES))

@@ -1,0 +1,127 @@
+"""Both benchmarks run to the end on a CPU, and a rival that fails is listed and never timed."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+RIVALS = {"fla Triton", "fla Gluon", "flash-attn-res", "fast-attnres", "liger-kernel"}
+
+
+def run(script: Path, out: Path, *flags: str) -> tuple[dict, str]:
+    command = [sys.executable, str(script), "--quick", "--device", "cpu", "--repeats", "1", "--out", str(out), *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[1] / "src")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    name = f"{script.stem}_cpu_quick"
+    assert {f.name for f in out.iterdir()} == {f"{name}.json", f"{name}.md"}
+    return json.loads((out / f"{name}.json").read_text()), (out / f"{name}.md").read_text()
+
+
+def test_ops(benchmarks: Path, tmp_path: Path) -> None:
+    document, page = run(benchmarks / "ops.py", tmp_path)
+    assert set(document["missing"]) == RIVALS and document["not reached"] == []
+    assert document["copy rate, TB/s"] > 0 and document["device"] and document["torch"] == torch.__version__
+    titles = ["residual path", "phase 1", "phase 2", "read", "add + norm"]
+    assert [title.split(",")[0] for title in document["cases"]] == titles
+    for title, case in document["cases"].items():
+        assert case["left_out"] == {} and f"## {title}" in page
+        assert {"attnres"} < set(case["rows"]) or title.startswith("phase 2")
+        for row in case["rows"].values():
+            assert row["forward"]["median"] > 0 and row["backward"]["median"] > 0
+            assert row["error"] is None or row["error"] < 1e-5
+    read = next(case for title, case in document["cases"].items() if title.startswith("read"))
+    assert read["rows"]["attnres"]["moved"] == [4 * 64 * 32 * 4, 7 * 64 * 32 * 4]  # n + 1 and 2n + 1 fp32 rows, n = 3
+    assert read["rows"]["straightforward"]["error"] > 0
+
+
+def test_training(benchmarks: Path, tmp_path: Path) -> None:
+    document, page = run(benchmarks / "training.py", tmp_path, "--dtype", "float32")
+    assert set(document["missing"]) == RIVALS and document["not reached"] == []
+    rows = [row for group in document["groups"].values() for row in group["rows"]]
+    found = {(row["residual"], row["op"], row["mode"]) for row in rows}
+    assert {("prenorm", "add + norm", mode) for mode in ("eager", "checkpointed")} < found
+    assert {(name, "attnres", "eager") for name in ("block_attnres", "full_attnres")} < found
+    assert ("block_attnres", "straightforward", "eager") in found
+    for row in rows:
+        assert row["tokens_per_second"] == pytest.approx(32 / (1e-3 * row["step_ms"]["median"]))
+        assert row["throughput_ratio"] == 1 if row["residual"] == "prenorm" else row["throughput_ratio"] > 0
+        if row["op"] == "straightforward":
+            assert 0 < row["error"] < 1e-4
+    assert all(f"## {title}" in page for title in document["groups"])
+
+
+def bench(**rivals):
+    import ops
+
+    return ops.Bench(torch.device("cpu"), torch.float32, rivals, compiled=False)
+
+
+def test_a_rival_that_fails_is_left_out_with_the_reason(benchmarks: Path) -> None:
+    import rivals
+    import timing
+
+    import ops
+
+    def wrong(*args):
+        return 1.01 * rivals.straightforward(*args)
+
+    def wrong_gradient(query, *args):
+        return rivals.straightforward(query.detach() + 0.9 * (query - query.detach()), *args)
+
+    def not_a_number(*args):
+        return rivals.straightforward(*args) * float("nan")
+
+    def broken(*args):
+        raise RuntimeError("no kernel\nimage")
+
+    def endless(*args):
+        while True:
+            with contextlib.suppress(Exception):
+                time.sleep(5)
+
+    reads = {f.__name__: f for f in (wrong, wrong_gradient, not_a_number, broken, endless)}
+    case = ops.read(bench(**{name: rivals.Rival(name, f) for name, f in reads.items()}), 8, 16, 3)
+    rows = ops.measure(case, bench(), timing.Budget(60), seconds_to_prepare=3, repeats=1)
+    assert list(rows) == ["attnres"]
+    assert "relative error 0.01" in case.left_out["wrong"]
+    assert "disagrees" in case.left_out["wrong_gradient"] and "inf" in case.left_out["not_a_number"]
+    assert case.left_out["broken"] == "RuntimeError: no kernel image"
+    assert "not ready within" in case.left_out["endless"]
+
+
+def test_a_spent_budget_leaves_everything_out(benchmarks: Path) -> None:
+    import timing
+
+    import ops
+
+    case = ops.add_norm(bench(), 8, 16)
+    assert ops.measure(case, bench(), timing.Budget(0), seconds_to_prepare=3, repeats=1) == {}
+    assert set(case.left_out.values()) == {"the time budget was spent"}
+
+
+def test_plugged_reads_are_the_rivals(benchmarks: Path) -> None:
+    import rivals
+
+    from attnres.residual import BlockAttnRes
+
+    counts = []
+
+    def read(query, sources, key_norm, eps, norm):
+        counts.append(len(sources))
+        return rivals.straightforward(query, sources, key_norm, eps, norm)
+
+    plugged = rivals.plug(BlockAttnRes(16, 5, block_size=2), rivals.Rival("spy", read))
+    norm = torch.nn.RMSNorm(16, 1e-6)
+    state = plugged.start(torch.randn(3, 16))
+    for layer in range(5):
+        x, state = plugged.read(state, layer, norm)
+        state = plugged.write(state, layer, x.sin())
+    plugged.finish(state, norm)
+    assert counts == [2, 2, 3, 3, 4]  # the first layer sees the embedding alone
