@@ -127,9 +127,8 @@ def _serve() -> dict:
 def _become(request: dict) -> None:
     os.setsid()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    out, err = (request["terminal"] or f"{request['logs']}{suffix}" for suffix in (".out", ".err"))
-    os.dup2(os.open(out, os.O_WRONLY | os.O_APPEND), 1)
-    os.dup2(os.open(err, os.O_WRONLY | os.O_APPEND), 2)
+    for number, suffix in ((1, ".out"), (2, ".err")):
+        os.dup2(os.open(request["terminal"] or f"{request['logs']}{suffix}", os.O_RDWR | os.O_APPEND), number)
     exec(request["patch"], {})
 
 

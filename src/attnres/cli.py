@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", handlers=[_Stderr()])
     logging.getLogger("attnres").setLevel(logging.INFO)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_usage())
@@ -46,6 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"attnres {arguments[0]}: stopped", file=sys.stderr)
         return 130
+
+
+class _Stderr(logging.Handler):
+    """Prints to the sys.stderr of the moment, which a progress bar replaces to stay below what is printed."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
 
 
 def _command(name: str) -> Any:

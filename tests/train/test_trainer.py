@@ -15,6 +15,7 @@ from attnres.model.feed_forward import FeedForward
 from attnres.train import checkpoint
 from attnres.train.config import TrainConfig
 from attnres.train.data import load_corpus
+from attnres.train.journal import Journal
 from attnres.train.optim import OptimConfig
 from attnres.train.run_folder import load_run, newest_checkpoint
 from attnres.train.trainer import Trainer, train
@@ -240,6 +241,24 @@ def test_every_validation_token_weighs_the_same(config):
     losses = [float(F.cross_entropy(model(tokens[None, s : s + 32])[0], tokens[s + 1 : s + 33])) for s in starts]
     assert trainer._validation_loss() == pytest.approx(sum(losses) / 5, abs=1e-6)
     assert max(losses) - min(losses) > 1e-3
+
+
+@pytest.mark.parametrize("file", ["metrics", "tensorboard"])
+def test_a_full_disk_while_recording(config, monkeypatch, file):
+    journals = []
+    start = Journal.__init__
+    monkeypatch.setattr(Journal, "__init__", lambda self, *args: [start(self, *args), journals.append(self)][0])
+
+    def fill(model):
+        owner, name = (journals[0], "_file") if file == "metrics" else (journals[0]._board._records, "_writer")
+        setattr(owner, name, open("/dev/full", "w" if file == "metrics" else "wb"))  # noqa: SIM115
+
+    before_step(monkeypatch, 4, fill)
+    with pytest.raises(Failure, match=r"cannot write .*metrics.jsonl: No space left on device; make it writable"):
+        train(config)
+    monkeypatch.undo()
+    assert train(config, resume=True).finished
+    assert [record["step"] for record in metrics(config.out)] == [0, 1, 2, 3, 4, 4, 5, 6, 6]
 
 
 def test_another_corpus_is_refused_on_resume(config, corpus_file, tmp_path):

@@ -184,7 +184,10 @@ def _finished_run(config: TrainConfig, label: str) -> dict[str, Any]:
         answer = Failure(f"the run in {config.out} ended with exit code {process.exitcode}; call again to continue")
     except BaseException:
         process.terminate()  # it saves a checkpoint and ends
-        process.join()
+        try:
+            process.join()
+        finally:
+            process.kill()  # a second Ctrl-C does not wait for that
         print(f"stopped in {config.out}; call again to continue", file=sys.stderr)
         raise
     if isinstance(answer, Exception):

@@ -1,4 +1,4 @@
-"""Scalars for TensorBoard, each on the disk before the next; torch's SummaryWriter writes from a thread, minutes later.
+"""Scalars for TensorBoard, each written before the next; torch's SummaryWriter writes from a thread, minutes later.
 
 Source of the format: tensorboard's own record writer and protocol buffers.
 """
@@ -26,7 +26,7 @@ class EventFile:
         self._event, self._summary = Event, Summary
         folder.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{time.time_ns() // 10**9:010d}.{socket.gethostname()}.{os.getpid()}"
-        self._file = (folder / name).open("ab", buffering=0)
+        self._file = (folder / name).open("ab")
         self._records = RecordWriter(self._file)
         self._write(file_version="brain.Event:2")
         self._write(step=purge, session_log=SessionLog(status=SessionLog.START))
@@ -40,3 +40,4 @@ class EventFile:
 
     def _write(self, **fields: Any) -> None:
         self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
+        self._records.flush()

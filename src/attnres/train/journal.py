@@ -63,7 +63,8 @@ class Journal:
         with suppress(OSError):  # a full disk, which the failed record has told
             self._file.close()
         if self._board is not None:
-            self._board.close()
+            with suppress(OSError):
+                self._board.close()
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

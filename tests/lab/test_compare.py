@@ -1,0 +1,254 @@
+"""Comparisons: what is equal between the runs, what the numbers mean, and that an interrupted one goes on."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+from attnres import residual
+from attnres.commands.compare import table
+from attnres.errors import Failure, UsageError
+from attnres.lab.compare import CompareConfig, _write_json, summarise
+from attnres.model import Decoder, DecoderConfig
+from attnres.train.config import TrainConfig
+
+from ..command_line import AT_STEP, kill
+
+NAMES = ["prenorm", "block_attnres", "full_attnres"]
+
+# Runs are forked, not spawned: then the patches reach them too, and they need not import torch again.
+FORK = """
+import multiprocessing
+real = multiprocessing.get_context
+multiprocessing.get_context = lambda name: real("fork")
+"""
+
+
+def in_run(name, step, action):
+    """A patch for what one of the runs does before a step."""
+    return FORK + AT_STEP.format(step=step, action=f"if self.config.model.residual == {name!r}: {action}")
+
+
+def results(out):
+    return json.loads((out / "results.json").read_text())
+
+
+def said(end):
+    return end.err.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def compared(server, tiny, tmp_path_factory):
+    """The folder of a comparison of three mechanisms over two seeds, and how its command ended."""
+    out = tmp_path_factory.mktemp("compared")
+    end = server.run("compare", *tiny, "--seeds", "0,1", "--residual.num-blocks", 2, "--out", out, patch=FORK)
+    assert end.status == 0, end.err
+    return out, end
+
+
+def test_shared_weights_start_equal():
+    shape = dict(hidden_size=32, num_hidden_layers=2)
+    models = [Decoder(DecoderConfig(**shape, residual=name), seed=7) for name in residual.names()]
+    plain = dict(Decoder(DecoderConfig(**shape, residual="prenorm"), seed=7).named_parameters())
+    for model in models:
+        own = dict(model.named_parameters())
+        assert all(torch.equal(own[name], weight) for name, weight in plain.items())
+
+
+def test_runs_begin_at_the_same_loss_on_the_same_batch(compared):
+    """Zero queries compute the PreNorm function: equal weights and data give equal losses before the first update."""
+    for seed in (0, 1):
+        runs = [run for run in results(compared[0])["runs"] if run["seed"] == seed]
+        assert [run["residual"] for run in runs] == NAMES
+        for curve, value in (("curve", "loss"), ("val_curve", "val_loss")):
+            first = [run[curve][value][0] for run in runs]
+            assert first == pytest.approx([first[0]] * 3, abs=1e-5)
+            last = [run[curve][value][-1] for run in runs]
+            assert len(set(last)) == 3
+    seeds = [run["curve"]["loss"][0] for run in results(compared[0])["runs"] if run["residual"] == "prenorm"]
+    assert abs(seeds[0] - seeds[1]) > 1e-3
+
+
+def test_results_hold_everything_a_reader_needs(compared):
+    found = results(compared[0])
+    assert {*found} == {
+        "command", "version", "commit", "torch", "python", "device", "dtype", "date", "corpus", "model", "train",
+        "baseline", "runs", "summary",
+    }  # fmt: skip
+    assert found["command"].startswith("attnres compare --data ")
+    assert (found["baseline"], found["dtype"], found["train"]["steps"]) == ("prenorm", "float32", 10)
+    assert found["corpus"]["name"] == "words.txt"
+    for run in found["runs"]:
+        assert (run["tokens"], run["curve"]["step"]) == (10 * 4 * 32, list(range(1, 11)))
+        assert run["curve"]["tokens"] == [step * 4 * 32 for step in range(1, 11)]
+        assert (run["val_curve"]["step"], run["val_loss"]) == ([0, 4, 8, 10], run["val_curve"]["val_loss"][-1])
+        assert len(run["output_magnitude"]) == len(run["gradient_magnitude"]) == 2
+        assert run["tokens_per_second"] > 0 and run["peak_memory_bytes"] > 10**7
+    rows = {run["residual"]: [len(row) for row in run["depth_weights"] or []] for run in found["runs"]}
+    assert rows == {"prenorm": [], "block_attnres": [1, 2, 2, 3, 3], "full_attnres": [1, 2, 3, 4, 5]}
+    assert found["runs"][1]["parameters"] - found["runs"][0]["parameters"] == 2 * 5 * 32
+    assert found["summary"] == summarise(found["runs"], NAMES)
+
+
+def test_figures_and_report_are_written(compared):
+    out, end = compared
+    names = ["loss", "output_magnitude", "gradient_magnitude"] + [f"depth_attention_{name}" for name in NAMES[1:]]
+    assert {path.name for path in (out / "figures").iterdir()} == {f"{n}.{s}" for n in names for s in ("png", "svg")}
+    assert "<html" in (out / "report.html").read_text()
+    assert f"report: {out}/report.html" in end.err
+    assert all(label in end.out for label in ("val loss", "peak memory", *NAMES))
+    assert end.out.count("(spread ") == 6
+
+
+def test_summary_by_hand():
+    def run(name, seed, val_loss, speed, memory):
+        return dict(residual=name, seed=seed, parameters=len(name), tokens=50, val_loss=val_loss,
+                    tokens_per_second=speed, peak_memory_bytes=memory)  # fmt: skip
+
+    runs = [
+        run("prenorm", 0, 2.0, 100, 10), run("prenorm", 5, 2.5, 200, 30),
+        run("full_attnres", 0, 1.75, 50, 40), run("full_attnres", 5, 2.375, 150, 20),
+    ]  # fmt: skip
+    assert summarise(runs, ["prenorm", "full_attnres"]) == [
+        dict(residual="prenorm", seeds=[0, 5], parameters=7, tokens=50, val_loss=2.25, val_loss_spread=0.5,
+             difference=0.0, difference_spread=0.0, throughput_ratio=1.0, peak_memory_bytes=30),
+        dict(residual="full_attnres", seeds=[0, 5], parameters=12, tokens=50, val_loss=2.0625, val_loss_spread=0.625,
+             difference=-0.1875, difference_spread=0.125, throughput_ratio=0.625, peak_memory_bytes=40),
+    ]  # fmt: skip
+    one = summarise(runs[::2], ["prenorm", "full_attnres"])
+    assert [row["val_loss_spread"] for row in one] == [row["difference_spread"] for row in one] == [None, None]
+    assert one[1]["difference"] == -0.25
+    shown = table({"summary": one}).splitlines()
+    assert shown[3].split() == ["full_attnres", "12", "50", "1.7500", "-0.2500", "0.50x", "0", "MiB"]
+    assert "one seed" in shown[-1]
+
+
+def test_a_comparison_goes_on_after_kills_and_stops(server, tiny, compared, tmp_path):
+    """A run is killed; Ctrl-C goes to all processes; the parent alone is killed and its child is left behind."""
+    command = ["compare", *tiny, "--residual.num-blocks", 2, "--out", tmp_path]
+    end = server.run(*command, patch=in_run("block_attnres", 5, kill("SIGKILL")))
+    assert (end.status, "[2/3] block_attnres, seed 0" in end.err) == (1, True)
+    assert said(end) == (
+        f"attnres compare: the run in {tmp_path}/runs/block_attnres-seed0 ended with exit code -9; "
+        "call again to continue"
+    )
+    first = (tmp_path / "runs" / "prenorm-seed0" / "result.json").stat()
+
+    end = server.run(*command, patch=in_run("block_attnres", 6, "os.killpg(0, signal.SIGINT); time.sleep(0.2)"))
+    assert (end.status, said(end)) == (130, "attnres compare: stopped")
+    assert f"stopped in {tmp_path}/runs/block_attnres-seed0; call again to continue" in end.err
+    assert "stopped at step 6, saved as" in end.err
+
+    process = server.start(*command, patch=in_run("full_attnres", 5, "time.sleep(2)"))
+    process.wait_for(lambda: (tmp_path / "runs" / "full_attnres-seed0" / "checkpoints").exists())
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait().status == -signal.SIGKILL
+    end = server.run(*command, patch=FORK)  # it may find the orphan still at work
+    assert end.status == 0, end.err
+    assert "full_attnres-seed0/checkpoints/step-" in process.err() and "go on with --resume" in process.err()
+    assert "prenorm, seed 0" not in end.err and "block_attnres, seed 0" not in end.err
+
+    assert (tmp_path / "runs" / "prenorm-seed0" / "result.json").stat().st_mtime_ns == first.st_mtime_ns
+    timing = ("tokens_per_second", "peak_memory_bytes")
+    for run, expected in zip(results(tmp_path)["runs"], results(compared[0])["runs"], strict=False):
+        assert {k: v for k, v in run.items() if k not in timing} == {
+            k: v for k, v in expected.items() if k not in timing
+        }
+
+
+def test_sigterm_stops_a_comparison(server, tiny, tmp_path):
+    patch = in_run("prenorm", 4, "os.kill(os.getppid(), signal.SIGTERM); time.sleep(0.2)")
+    end = server.run("compare", *tiny, "--out", tmp_path, patch=patch)
+    assert end.status == 143
+    assert said(end) == f"stopped in {tmp_path}/runs/prenorm-seed0; call again to continue"
+    assert (tmp_path / "runs" / "prenorm-seed0" / "checkpoints" / "step-00000004").exists()
+    assert "Traceback" not in end.err
+
+
+def test_another_comparison_in_the_folder_is_refused_before_any_run(server, tiny, compared):
+    out, _ = compared
+    before = (out / "results.json").read_bytes()
+    end = server.run("compare", *tiny, "--seeds", "2,0", "--residual.num-blocks", 3, "--out", out, patch=FORK)
+    assert end.status == 2
+    assert f"out holds another comparison, choose another --out: in {out}/runs/block_attnres-seed0" in said(end)
+    assert "num_blocks (2 in the checkpoint, 3 now)" in said(end)
+    assert not (out / "runs" / "prenorm-seed2").exists()
+    assert (out / "results.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--residuals prenorm,prenorm", "residuals must name at least one, each once; it is 'prenorm, prenorm'"),
+        ("--residuals prenorm,blok", "residual 'blok' is unknown; did you mean 'block_attnres'"),
+        ("--seeds 0,x", "--seeds must be whole numbers separated by commas; it is '0,x'"),
+        ("--seeds -1", "seed must be zero or more; it is -1"),
+        ("--seed 3", "Unrecognized options: --seed, 3"),
+        ("--residual.name prenorm", "Unrecognized options: --residual.name, prenorm"),
+        ("--residuals prenorm,full_attnres --residual.num-blocks 2", "--residual.num-blocks is an option of none of"),
+        ("--residual.num-blocks 2 --residual.block-size 2", "give block_size or num_blocks, not both"),
+        ("--data missing.txt", "--data 'missing.txt' does not exist"),
+        ("--context 10000", "context must be at most the model's max_position_embeddings"),
+    ],
+)
+def test_bad_input_is_refused_before_any_run(server, tiny, tmp_path, flags, message):
+    end = server.run("compare", *tiny, "--validation-tokens", 10000, "--out", tmp_path / "out", *flags.split())
+    assert end.status == 2
+    assert len(end.err.splitlines()) == 1 and message in end.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_matplotlib_is_found_before_any_run(server, tiny, tmp_path):
+    end = server.run("compare", *tiny, "--out", tmp_path / "out", patch="import sys; sys.modules['matplotlib'] = None")
+    assert end.status == 2
+    assert said(end).endswith("install it with: pip install 'attnres[train]'")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_run_says_reaches_the_command(server, tiny, tmp_path):
+    command = ["compare", *tiny, "--residuals", "prenorm", "--out"]
+    (tmp_path / "short.txt").write_text("too short for a context")
+    end = server.run(*command, tmp_path / "corpus", "--data", tmp_path / "short.txt")
+    assert (end.status, "fewer than context + 1 = 33; give a larger corpus" in said(end)) == (2, True)
+    poison = in_run("prenorm", 4, "self.model.layers[1].up_proj.weight.data.fill_(float('nan'))")
+    end = server.run(*command, tmp_path / "poison", patch=poison)
+    assert (end.status, "step 4: the loss is nan; the output of layer 1" in said(end)) == (1, True)
+    assert "Traceback" not in end.err
+    end = server.run(*command, tmp_path / "bug", patch=in_run("prenorm", 4, "1 / 0"))
+    assert said(end).endswith(
+        "unexpected ZeroDivisionError: division by zero; run again with --debug for the traceback"
+    )
+    end = server.run(*command, tmp_path / "bug", "--debug", patch=in_run("prenorm", 4, "1 / 0"))
+    assert "in step" in end.err, "the traceback is that of the run"
+
+
+def test_peak_memory_is_the_run_s_own(server, tiny, tmp_path):
+    """In spawned processes, as users have them: getrusage would report the size of the process that started them."""
+    large = "import builtins; builtins.ballast = b'x' * (3 << 29)"
+    end = server.run("compare", *tiny, "--residuals", "prenorm", "--steps", 1, "--checkpoint-every", 1,
+                     "--optim.warmup-steps", 0, "--out", tmp_path, patch=large)  # fmt: skip
+    assert end.status == 0, end.err
+    assert 10**8 < results(tmp_path)["runs"][0]["peak_memory_bytes"] < 2**30
+
+
+def test_the_shape_is_shared_and_the_rest_is_not(tmp_path):
+    train = TrainConfig(out=tmp_path, model=DecoderConfig(hidden_size=32, residual="prenorm"))
+    options = {"block_attnres": {"num_blocks": 3}}
+    runs = CompareConfig(residuals=("prenorm", "block_attnres"), seeds=(4, 9), train=train, residual_options=options)
+    found = [(r.model.residual, r.seed, r.model.residual_options, r.model.hidden_size, r.out) for r in runs.runs()]
+    assert found == [
+        (name, seed, options.get(name, {}), 32, tmp_path / "runs" / f"{name}-seed{seed}")
+        for seed in (4, 9)
+        for name in ("prenorm", "block_attnres")
+    ]
+    with pytest.raises(UsageError, match="seeds must name at least one"):
+        CompareConfig(seeds=())
+
+
+def test_results_are_whole_or_absent(tmp_path):
+    (tmp_path / "results.json.tmp").symlink_to("/dev/full")
+    with pytest.raises(Failure, match=r"cannot write .*results.json: No space left on device; free some space"):
+        _write_json(tmp_path / "results.json", {"a": 1})
+    assert list(tmp_path.iterdir()) == []
