@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import timing
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -57,8 +58,12 @@ def load(device: torch.device) -> tuple[dict[str, Rival], dict[str, str]]:
         except importlib.metadata.PackageNotFoundError:
             missing[name] = f"{PACKAGES[name]} is not installed"
         except Exception as error:
-            missing[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+            missing[name] = timing.one_line(error)
     return found, missing
+
+
+def versions(found: dict[str, Rival]) -> dict[str, str | None]:
+    return {name: timing.version(PACKAGES[name]) for name in found if name in PACKAGES}
 
 
 def rms_norm(h: Tensor, norm: Norm | None) -> Tensor:

@@ -118,6 +118,10 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": median(values), "min": min(values), "max": max(values)}
 
 
+def one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+
+
 class OutOfTime(BaseException):
     """Not an Exception: code that retries on any error must not swallow it."""
 
@@ -163,7 +167,7 @@ def attempt(prepare: Callable[[], None], budget: Budget, seconds: float, device:
     except OutOfTime as error:
         reason = str(error)
     except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+        reason = one_line(error)
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return reason
@@ -222,6 +226,14 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list
         *("| " + " | ".join(map(str, row)) + " |" for row in rows),
         "",
     ]
+
+
+def gaps(document: dict[str, Any]) -> list[str]:
+    """What a finished run says about the parts that it has no numbers for."""
+    lines = [f"Failed: {title}: {reason}" for title, reason in document["failed"].items()]
+    if document["not reached"]:
+        lines.append("Not reached in the time budget: " + "; ".join(document["not reached"]))
+    return lines
 
 
 def save(folder: Path, name: str, document: dict[str, Any], lines: Sequence[str]) -> None:

@@ -13,62 +13,21 @@ library's reads before it is timed. The most important rows come first and resul
 from __future__ import annotations
 
 import argparse
-import copy
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import rivals
 import timing
 import torch
+from decoders import Nets, Row, Shape, observed, shape
 from torch import Tensor
-from torch.nn import functional as F
 
-from attnres.model import Decoder, DecoderConfig
 from attnres.train import hardware
 
 TOLERANCE = {torch.bfloat16: 0.1, torch.float32: 1e-3}  # relative, of gradients through dozens of layers
 PEERS = ("fla Triton", "flash-attn-res", "straightforward")
 OTHER_PEERS = ("fla Gluon", "fast-attnres", "liger-kernel")
-
-
-@dataclass(frozen=True)
-class Shape:
-    name: str
-    config: DecoderConfig
-    sequences: int
-
-    @property
-    def tokens(self) -> int:
-        return self.sequences * self.config.max_position_embeddings
-
-
-def shape(name: str, width: int, blocks: int, head_dim: int, sequences: int, context: int) -> Shape:
-    heads = width // head_dim
-    config = DecoderConfig(
-        hidden_size=width, num_hidden_layers=blocks, num_attention_heads=heads, max_position_embeddings=context
-    )
-    return Shape(name, config, sequences)
-
-
-@dataclass(frozen=True)
-class Row:
-    """A variant of a shape: a residual, whose op runs it, and how."""
-
-    residual: str
-    op: str = "attnres"
-    compiled: bool = False
-    checkpointed: bool = False
-
-    @property
-    def mode(self) -> str:
-        return "compiled" if self.compiled else "checkpointed" if self.checkpointed else "eager"
-
-    def __str__(self) -> str:
-        return ", ".join([self.residual, *([] if self.op == "attnres" else [self.op]), self.mode])
-
 
 OURS = [Row(name) for name in ("prenorm", "block_attnres", "full_attnres")]
 OURS_COMPILED = [Row(row.residual, compiled=True) for row in OURS]
@@ -80,66 +39,6 @@ def against(residual: str, peers: tuple[str, ...], compiled: bool = False) -> li
     return [Row(name, compiled=compiled) for name in ("prenorm", residual)] + [
         Row(residual, peer, compiled) for peer in peers
     ]
-
-
-class Nets:
-    """Variants of one shape over shared weights."""
-
-    def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype, found: dict[str, rivals.Rival]) -> None:
-        self.shape, self.device, self.dtype, self.found = shape, device, dtype, found
-        self.shared = Decoder(shape.config).to(device)
-        generator = torch.Generator().manual_seed(0)
-        size = (shape.sequences, shape.config.max_position_embeddings)
-        self.ids = torch.randint(0, shape.config.vocab_size, size, generator=generator).to(device)
-
-    def net(self, row: Row) -> Decoder:
-        """A decoder whose layers are the shared ones."""
-        config = DecoderConfig.from_dict({**self.shape.config.to_dict(), "residual": row.residual})
-        net = copy.copy(self.shared)
-        net._modules = dict(self.shared._modules)
-        residual = config.build_residual().to(self.device)
-        if row.residual != "prenorm":
-            generator = torch.Generator().manual_seed(1)
-            queries = torch.randn(residual.pseudo_query.shape, generator=generator) / config.hidden_size**0.5
-            residual.pseudo_query.data.copy_(queries)
-        if row.op != "attnres":
-            residual = rivals.plug(residual, self.found[row.op])
-        net.residual = residual
-        if row.checkpointed:
-            net.enable_checkpointing()
-        return net
-
-    def step(self, row: Row) -> Callable[[], Tensor]:
-        """Forward and backward; the gradients stay until the next call. Returns the loss."""
-        net = self.net(row)
-        run = timing.compiled(net, fullgraph=row.op == "attnres") if row.compiled else net
-
-        def step() -> Tensor:
-            net.zero_grad(set_to_none=True)
-            with hardware.autocast(self.device, self.dtype):
-                logits = run(self.ids)
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), self.ids.flatten())
-            loss.backward()
-            return loss.detach()
-
-        step.net = net  # type: ignore[attr-defined]
-        return step
-
-    @cache  # noqa: B019  lives as long as the run
-    def expected(self, residual: str) -> list[Tensor]:
-        """Loss and gradients with this library's reads, unscaled as the rivals' are: the norm that follows undoes it up
-        to its eps, which matters where reads are small."""
-        step = self.step(Row(residual))
-        step.net.residual.stream_scale = False  # type: ignore[attr-defined]
-        return observed(step)
-
-
-def observed(step: Callable[[], Tensor]) -> list[Tensor]:
-    """Loss, and the gradients that every read contributes to."""
-    loss = step()
-    net = step.net  # type: ignore[attr-defined]
-    tensors = [loss, net.residual.pseudo_query.grad, net.residual.key_norm.grad, net.embed_tokens.weight.grad]
-    return [t.detach().clone() for t in tensors]
 
 
 def measure(
@@ -286,9 +185,9 @@ def main() -> None:
         device,
         dtype=str(dtype),
         repeats=arguments.repeats,
-        rivals={name: timing.version(rivals.PACKAGES[name]) for name in found if name in rivals.PACKAGES},
+        rivals=rivals.versions(found),
     )
-    document: dict[str, Any] = {**about, "missing": missing, "groups": {}, "not reached": []}
+    document: dict[str, Any] = {**about, "missing": missing, "groups": {}, "failed": {}, "not reached": []}
     lines = ["# Training steps of a decoder", "", ", ".join(f"{k} {v}" for k, v in about.items()), ""]
     lines += [f"- {name} left out: {reason}" for name, reason in missing.items()] + [""]
     name = f"training_{device.type}{'_quick' if arguments.quick else ''}"
@@ -302,17 +201,20 @@ def main() -> None:
             if budget.left() < 0:
                 document["not reached"].append(title)
                 continue
-            if shape.name not in nets:
-                nets[shape.name], steps[shape.name] = Nets(shape, device, dtype, found), {}
-            table, left_out = measure(
-                rows, nets[shape.name], steps[shape.name], budget, arguments.prepare, arguments.repeats
-            )
+            try:
+                if shape.name not in nets:
+                    nets[shape.name], steps[shape.name] = Nets(shape, device, dtype, found), {}
+                table, left_out = measure(
+                    rows, nets[shape.name], steps[shape.name], budget, arguments.prepare, arguments.repeats
+                )
+            except Exception as error:
+                document["failed"][title] = timing.one_line(error)
+                continue
             document["groups"][title] = {"model": shape.config.to_dict(), "rows": table, "left_out": left_out}
             lines += lines_of(title, table, left_out)
             print("\n".join(lines_of(title, table, left_out)), flush=True)
             timing.save(arguments.out, name, document, lines)
-    if document["not reached"]:
-        lines.append("Not reached in the time budget: " + "; ".join(document["not reached"]))
+    lines += timing.gaps(document)
     timing.save(arguments.out, name, document, lines)
 
 

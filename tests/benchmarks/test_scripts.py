@@ -26,7 +26,7 @@ def run(script: Path, out: Path, *flags: str) -> tuple[dict, str]:
 
 def test_ops(benchmarks: Path, tmp_path: Path) -> None:
     document, page = run(benchmarks / "ops.py", tmp_path)
-    assert set(document["missing"]) == RIVALS and document["not reached"] == []
+    assert set(document["missing"]) == RIVALS and document["not reached"] == [] and document["failed"] == {}
     assert document["copy rate, TB/s"] > 0 and document["device"] and document["torch"] == torch.__version__
     titles = ["residual path", "phase 1", "phase 2", "read", "add + norm"]
     assert [title.split(",")[0] for title in document["cases"]] == titles
@@ -43,7 +43,7 @@ def test_ops(benchmarks: Path, tmp_path: Path) -> None:
 
 def test_training(benchmarks: Path, tmp_path: Path) -> None:
     document, page = run(benchmarks / "training.py", tmp_path, "--dtype", "float32")
-    assert set(document["missing"]) == RIVALS and document["not reached"] == []
+    assert set(document["missing"]) == RIVALS and document["not reached"] == [] and document["failed"] == {}
     rows = [row for group in document["groups"].values() for row in group["rows"]]
     found = {(row["residual"], row["op"], row["mode"]) for row in rows}
     assert {("prenorm", "add + norm", mode) for mode in ("eager", "checkpointed")} < found
@@ -58,12 +58,13 @@ def test_training(benchmarks: Path, tmp_path: Path) -> None:
 
 
 def bench(**rivals):
-    import ops
+    import cases
 
-    return ops.Bench(torch.device("cpu"), torch.float32, rivals, compiled=False)
+    return cases.Bench(torch.device("cpu"), torch.float32, rivals, compiled=False)
 
 
 def test_a_rival_that_fails_is_left_out_with_the_reason(benchmarks: Path) -> None:
+    import cases
     import rivals
     import timing
 
@@ -87,7 +88,7 @@ def test_a_rival_that_fails_is_left_out_with_the_reason(benchmarks: Path) -> Non
                 time.sleep(5)
 
     reads = {f.__name__: f for f in (wrong, wrong_gradient, not_a_number, broken, endless)}
-    case = ops.read(bench(**{name: rivals.Rival(name, f) for name, f in reads.items()}), 8, 16, 3)
+    case = cases.read(bench(**{name: rivals.Rival(name, f) for name, f in reads.items()}), 8, 16, 3)
     rows = ops.measure(case, bench(), timing.Budget(60), seconds_to_prepare=3, repeats=1)
     assert list(rows) == ["attnres"]
     assert "relative error 0.01" in case.left_out["wrong"]
@@ -97,11 +98,12 @@ def test_a_rival_that_fails_is_left_out_with_the_reason(benchmarks: Path) -> Non
 
 
 def test_a_spent_budget_leaves_everything_out(benchmarks: Path) -> None:
+    import cases
     import timing
 
     import ops
 
-    case = ops.add_norm(bench(), 8, 16)
+    case = cases.add_norm(bench(), 8, 16)
     assert ops.measure(case, bench(), timing.Budget(0), seconds_to_prepare=3, repeats=1) == {}
     assert set(case.left_out.values()) == {"the time budget was spent"}
 

@@ -1,0 +1,241 @@
+"""What the Triton kernels compile to for GPUs that need not be here: registers, spills, shared memory, wide loads.
+
+    PYTHONPATH=src python benchmarks/compile_targets.py            # every case for sm_80, sm_90, sm_100; half an hour
+    PYTHONPATH=src python benchmarks/compile_targets.py --quick    # the cases that the tests watch, for sm_90
+
+The ops run on meta tensors and their launches are recorded, so what is compiled is what a GPU would be given. From the
+cubin: registers and bytes of stack (spills) a thread. From the PTX: loads from global memory of 16 bytes, plain or
+asynchronous, and loads of 2 bytes, which in bf16 are those that lost their width.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+from torch import Tensor  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+from attnres.ops import triton_inter_block, triton_launch, triton_merge, triton_norm, triton_read  # noqa: E402
+
+TOKENS = 16384
+ARCHITECTURES = (80, 90, 100)
+SHARED_MEMORY = 227 * 1024
+"""Bytes that a program may have on sm_90."""
+
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64"}
+TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+class Shape(NamedTuple):
+    """D, sources of a read or of phase 1, queries of a block."""
+
+    width: int
+    sources: int
+    queries: int
+
+
+SHAPES = (
+    Shape(1024, 4, 8),
+    Shape(2048, 4, 8),
+    Shape(2048, 8, 8),
+    Shape(2304, 9, 6),
+    Shape(4096, 8, 8),
+    Shape(7168, 8, 24),
+)
+LONG_LIST = Shape(2048, 32, 4)
+"""More sources than fit a kernel's arguments."""
+
+WATCHED = (Shape(2304, 9, 6),)
+"""Two tiles of sources, a width that is no power of two."""
+
+
+class Launch(NamedTuple):
+    kernel: JITFunction
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
+    parser.add_argument("--quick", action="store_true", help="only print the watched cases for sm_90, as JSON")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        print(json.dumps([measure(case, launch, 90) for case, launch in cases(WATCHED)]))
+        return
+    rows = []
+    for case, launch in cases((*SHAPES, LONG_LIST)):
+        for architecture in ARCHITECTURES:
+            rows.append(measure(case, launch, architecture))
+            print(" ".join(f"{key}={value}" for key, value in rows[-1].items()), flush=True)
+    results = {"command": "benchmarks/compile_targets.py", "triton": triton.__version__, "rows": rows}
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "compile_targets.json").write_text(json.dumps(results, indent=1) + "\n")
+    (arguments.out / "compile_targets.md").write_text(markdown(results))
+
+
+def cases(shapes: tuple[Shape, ...]) -> Iterator[tuple[dict[str, Any], Launch]]:
+    """Every launch of every op: {kernel, width, sources, queries} and what was launched."""
+    for shape in shapes:
+        for call, counts in operations(shape):
+            for launch in launches(call):
+                name = launch.kernel.fn.__name__
+                if name == "pack_addresses" or (name == "reduce_partials" and "queries" not in counts):
+                    continue
+                case = {"kernel": name, "width": shape.width, "sources": None, "queries": None} | counts
+                yield case | ({"sources": None} if name == "reduce_partials" else {}), launch
+
+
+def operations(shape: Shape) -> Iterator[tuple[Callable[[], Any], dict[str, int]]]:
+    """Calls of all ops for a shape, bf16 sources and parameters, each with what it depends on beside the width."""
+    width, n, queries = shape
+
+    def row(*leading: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(*leading, dtype=dtype, device="meta")
+
+    sources = [row(TOKENS, width) for _ in range(n)]
+    x, q, lse = sources[0], row(width), row(TOKENS, dtype=torch.float32)
+    s, norm, scale = row(queries, width), (1e-6, 1e-6), 2.0
+    logits, rstd = row(TOKENS, n, queries, dtype=torch.float32), row(TOKENS, n, dtype=torch.float32)
+    lses, stats = row(queries, TOKENS, dtype=torch.float32), row(TOKENS, 3, dtype=torch.float32)
+    read, read_gradients = plain(triton_read.read), plain(triton_read.read_gradients)
+    inter_block = plain(triton_inter_block.inter_block)
+    inter_block_gradients = plain(triton_inter_block.inter_block_gradients)
+    yield lambda: read(q, q, sources, q, *norm, scale, False), {"sources": n}
+    yield lambda: read_gradients(q, q, sources, q, lse, x, sources, *norm, scale), {"sources": n}
+    yield lambda: inter_block(s, s, sources, 1e-6, True), {"sources": n, "queries": queries}
+    yield (
+        lambda: inter_block_gradients(s, s, sources, lses, logits, rstd, [x] * queries, lses, sources),
+        {"sources": n, "queries": queries},
+    )
+    if shape.sources == min(other.sources for other in SHAPES if other.width == width):
+        merge, merge_gradients = plain(triton_merge.merge), plain(triton_merge.merge_gradients)
+        add_norm, add_norm_gradients = plain(triton_norm.add_norm), plain(triton_norm.add_norm_gradients)
+        yield lambda: merge(q, q, x, x, x, lse, q, *norm, scale), {}
+        yield lambda: merge_gradients(q, q, x, x, lse, q, stats, x, x, 1e-6, scale), {}
+        yield lambda: add_norm(x, x, q, 1e-6), {}
+        yield lambda: add_norm_gradients(x, q, lse, x, x), {}
+
+
+def plain(op: Any) -> Callable[..., Any]:
+    """The function behind a custom op, which PyTorch would not call for meta tensors."""
+    function: Callable[..., Any] = op._init_fn
+    return function
+
+
+def launches(call: Callable[[], Any]) -> list[Launch]:
+    """The kernel launches of a call, none of which happens."""
+    recorded: list[Launch] = []
+
+    def record(kernel: JITFunction, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
+        recorded.append(Launch(kernel, arguments, keywords))
+
+    with mock.patch.object(JITFunction, "run", record), mock.patch.object(triton_launch, "multiprocessors", _an_h100):
+        call()
+    return recorded
+
+
+def _an_h100(device: torch.device) -> int:
+    return 132
+
+
+def measure(case: dict[str, Any], launch: Launch, architecture: int) -> dict[str, Any]:
+    """Compiles a launch and reads what came of it."""
+    options = {key: value for key, value in launch.keywords.items() if key in OPTIONS}
+    given = {key: value for key, value in launch.keywords.items() if key not in OPTIONS}
+    given |= dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
+    types = {name: kind(given[name], launch.kernel, name) for name in launch.kernel.arg_names}
+    source = ASTSource(
+        fn=launch.kernel,
+        signature=types,
+        constexprs={name: given[name] for name, name_type in types.items() if name_type == "constexpr"},
+        attrs=dict.fromkeys(pointers(types), [["tt.divisibility", 16]]),
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    registers, stack = resources(compiled.asm["cubin"])
+    ptx = compiled.asm["ptx"]
+    return {
+        **case,
+        "architecture": f"sm_{architecture}",
+        "warps": options["num_warps"],
+        "registers": registers,
+        "spill_bytes": stack,
+        "shared_bytes": compiled.metadata.shared,
+        "wide_loads": len(re.findall(r"ld\.global[.\w:]*\.v4\.b32|ld\.global[.\w:]*\.v2\.b64|cp\.async\.cg", ptx)),
+        "narrow_loads": len(re.findall(r"ld\.global[.\w:]*\.b16 ", ptx)),
+        "barriers": len(re.findall(r"bar\.sync|barrier\.sync", ptx)),
+    }
+
+
+def kind(value: Any, kernel: JITFunction, name: str) -> Any:
+    """A value's type in a kernel's signature."""
+    if value is None or kernel.params[kernel.arg_names.index(name)].is_constexpr:
+        return "constexpr"
+    if isinstance(value, tuple):
+        return tuple(kind(element, kernel, name) for element in value)
+    if isinstance(value, Tensor):
+        return "*" + NAMES[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def pointers(types: dict[str, Any]) -> Iterator[tuple[int, ...]]:
+    """Where the pointers of a signature are."""
+    for i, name_type in enumerate(types.values()):
+        if isinstance(name_type, tuple):
+            yield from ((i, j) for j in range(len(name_type)))
+        elif name_type.startswith("*"):
+            yield (i,)
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of stack) a thread."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([TOOL, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, f"cuobjdump says nothing of registers: {usage}"
+    return int(found[1]), int(found[2])
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The table, a line a case, with a column of registers an architecture."""
+    lines = [
+        f"Compiled by Triton {results['triton']}, T = {TOKENS}, bf16. Registers a thread (+ bytes spilled) for each",
+        "architecture; shared memory, 16-byte loads, loads that lost their width and barriers are those of sm_90.",
+        "",
+        "|kernel|D|n|S|warps|sm_80|sm_90|sm_100|shared|wide loads|narrow loads|barriers|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    cells: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in results["rows"]:
+        key = tuple(row[name] for name in ("kernel", "width", "sources", "queries"))
+        spilled = f" + {row['spill_bytes']}" if row["spill_bytes"] else ""
+        cells.setdefault(key, {})[row["architecture"]] = f"{row['registers']}{spilled}"
+        if row["architecture"] == "sm_90":
+            cells[key] |= row
+    for (kernel, width, sources, queries), row in sorted(cells.items(), key=lambda item: (item[0][0], item[0][1])):
+        before = [kernel, width, sources or "", queries or "", row["warps"], row["sm_80"], row["sm_90"], row["sm_100"]]
+        after = [row[name] for name in ("shared_bytes", "wide_loads", "narrow_loads", "barriers")]
+        lines.append("|" + "|".join(map(str, [*before, *after])) + "|")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""How the Triton kernels are launched: what they support, their static configurations, and lists of tensors.
+
+Configurations depend on shapes alone. Nothing is tuned at run time and nothing synchronises, so that a launch can be
+captured in a CUDA graph and runs the same way every time. They were chosen by the registers, spills and wide loads of
+the compiled code (benchmarks/compile_targets.py).
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from .triton_rows import pack_addresses
+
+MAX_WIDTH = 8192
+MAX_SOURCES = 256
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+INTERPRETED = not isinstance(pack_addresses, triton.runtime.jit.JITFunction)
+"""Whether TRITON_INTERPRET=1 was set at import: kernels then run on CPU tensors, slowly."""
+
+MAX_REGISTERS = 168
+"""Of a phase-1 thread: leaves a multiprocessor three warps a scheduler. Left alone, ptxas spills a little for more."""
+
+_MAX_ARGUMENTS = 16
+_PACK = 32
+_FEW_TOKENS = 128
+
+
+def check_supported(tensor: Tensor, num_sources: int = 1) -> None:
+    """Raises ValueError for tensors that the kernels do not take."""
+    if tensor.dtype not in DTYPES:
+        raise ValueError(f"the Triton backend takes bfloat16, float16 and float32 sources; these are {tensor.dtype}")
+    if not (tensor.is_cuda or INTERPRETED):
+        raise ValueError(f"the Triton backend takes sources on a CUDA device; these are on {tensor.device}")
+    if tensor.shape[-1] > MAX_WIDTH:
+        raise ValueError(f"the Triton backend takes a width of at most {MAX_WIDTH}; sources have {tensor.shape[-1]}")
+    if num_sources > MAX_SOURCES:
+        raise ValueError(f"the Triton backend takes at most {MAX_SOURCES} sources; there are {num_sources}")
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, device: torch.device, **constants: Any
+) -> None:
+    """Launches on `device`. Multiply-adds are fused whatever Triton's default is."""
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*args, num_warps=num_warps, enable_fp_fusion=True, **constants)
+
+
+class RowConfig(NamedTuple):
+    """A program that holds whole rows in registers: the width padded to a power of two, warps, and how many programs
+    share a device when each loops over tokens."""
+
+    BLOCK: int
+    num_warps: int
+    programs: int
+
+
+def row_config(width: int, per_thread: int, num_tokens: int, device: torch.device) -> RowConfig:
+    """per_thread: elements of a row that one thread holds, if 16 warps suffice."""
+    block = max(32, triton.next_power_of_2(width))
+    warps = min(16, max(1, block // (32 * per_thread)))
+    return RowConfig(block, warps, max(1, min(num_tokens, multiprocessors(device) * max(1, 12 // warps))))
+
+
+class ChunkConfig(NamedTuple):
+    """A phase-1 program: chunk of the width, one lane a thread, warps; sources and queries taken at a time."""
+
+    BLOCK: int
+    LANES: int
+    num_warps: int
+    TILE: int
+    GROUP: int
+
+
+def chunk_config(
+    width: int, n: int, num_queries: int, num_tokens: int, products: int, dtype: torch.dtype
+) -> ChunkConfig:
+    """products: how many (source, query) pairs may be in registers at once."""
+    group = even_share(num_queries, products // 4)
+    tile = tile_size(n, products // group)
+    warps = 1 if width <= 1024 else 2 if width <= 2048 else 4 if width <= 4096 else 8
+    if num_tokens <= _FEW_TOKENS:  # too few programs to fill a device: more threads on each token
+        warps = min(8, max(1, triton.next_power_of_2(width) // 256))
+    lanes = 32 * warps
+    return ChunkConfig(lanes * (16 // dtype.itemsize), lanes, warps, tile, group)
+
+
+def few_tokens(num_tokens: int) -> bool:
+    """Whether phase 1 gives each group of queries a program of its own instead of looping over groups."""
+    return num_tokens <= _FEW_TOKENS
+
+
+def even_share(count: int, limit: int) -> int:
+    """The size of equal groups of at most `limit`."""
+    return triton.cdiv(count, triton.cdiv(count, limit))
+
+
+def tile_size(n: int, limit: int = 4) -> int:
+    """Sources in registers at once. Up to 4 exactly n; beyond, few sizes, so that few kernels are compiled."""
+    return min(n, limit, 4)
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    # three programs in the interpreter, so that partial sums over programs are exercised
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+class Rows(NamedTuple):
+    """A list of tensors as kernels take it (`triton_rows.row_pointer`)."""
+
+    pointers: tuple[Tensor, ...] | Tensor
+    COUNT: int
+
+
+def rows(tensors: Sequence[Tensor], tile: int) -> Rows:
+    """A tuple, filled up to whole tiles with the last tensor, or a table of addresses for more than 16 tensors."""
+    padded = tuple(tensors) + (tensors[-1],) * (-len(tensors) % tile)
+    if len(padded) <= _MAX_ARGUMENTS:
+        return Rows(padded, len(padded))
+    padded += (padded[-1],) * (-len(padded) % _PACK)
+    table = torch.empty(len(padded), dtype=torch.int64, device=padded[0].device)
+    for first in range(0, len(padded), _PACK):
+        launch(
+            pack_addresses,
+            (1,),
+            padded[first : first + _PACK],
+            table,
+            first,
+            COUNT=_PACK,
+            num_warps=1,
+            device=table.device,
+        )
+    return Rows(table, 0)
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """Contiguous and on a 16-byte boundary, as a table of addresses promises."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()

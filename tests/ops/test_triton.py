@@ -1,0 +1,264 @@
+"""The Triton kernels against the reference in fp64: values and every gradient.
+
+Without a GPU the kernels run in Triton's interpreter, which has to be chosen before they are imported.
+"""
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+pytest.importorskip("triton")
+from attnres.ops import reference  # noqa: E402
+from attnres.ops import triton as kernels  # noqa: E402
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+# of the largest value; the interpreter truncates to bf16 and adds up hundreds of fp32 numbers one after another
+FLOOR = {F32: 1e-5, F16: 1e-3, BF16: 1e-2}
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty and its kin are filled with NaN: whatever a kernel forgets to write shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def check(
+    call: Callable[..., tuple[Tensor, ...]], parameters: list[Tensor | None], activations: list[Tensor], dtype: torch.dtype
+) -> None:
+    """Runs call(module, parameters, activations) with the kernels and the reference, activations in `dtype`, and with
+    the reference in fp64. The kernels' error may be twice the reference's, plus the floor."""
+    activations = [t.to(dtype) for t in activations]
+    results = {}
+    for name, module, parameter_dtype, activation_dtype in (
+        ("kernels", kernels, F32, dtype),
+        ("reference", reference, F32, dtype),
+        ("truth", reference, torch.float64, torch.float64),
+    ):
+        leaves = [None if p is None else p.detach().to(DEVICE, parameter_dtype).requires_grad_() for p in parameters]
+        sources = [a.detach().to(DEVICE, activation_dtype).requires_grad_() for a in activations]
+        outputs = call(module, leaves, sources)
+        cotangents = [randn(*output.shape, seed=9 + i).to(output) for i, output in enumerate(outputs)]
+        torch.autograd.backward(outputs, cotangents)
+        gradients = [t.grad for t in (*leaves, *sources) if t is not None]
+        results[name] = [t.detach().double() for t in (*outputs, *gradients)]
+    scale = max(t.abs().max() for t in results["truth"])
+    for i, (ours, theirs, truth) in enumerate(zip(*results.values(), strict=True)):
+        floor = FLOOR[dtype] * max(truth.abs().max().item(), 1e-3 * scale.item())
+        error, allowed = (ours - truth).abs().max().item(), 2 * (theirs - truth).abs().max().item() + floor
+        assert error <= allowed, f"tensor {i} of {len(results['truth'])}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+def norm_of(kind: str, weight: Tensor | None) -> reference.Norm | None:
+    return {"none": None, "plain": (None, 1e-5), "affine": (weight, 1e-5)}[kind]
+
+
+def weight_for(kind: str, width: int) -> Tensor | None:
+    return randn(width, seed=3) if kind == "affine" else None
+
+
+READS = [
+    # sources, width, tokens, dtype, norm, magnitude of the query
+    (1, 40, 3, F32, "affine", 1.0),
+    (2, 100, 1, F16, "none", 0.3),
+    (3, 257, 3, BF16, "plain", 0.1),
+    (4, 40, 17, F32, "none", 0.3),
+    (6, 33, 3, F16, "affine", 0.3),
+    (6, 100, 2, F32, "none", 0.0),
+    (19, 40, 2, F32, "affine", 0.3),
+    (19, 24, 1, BF16, "none", 0.3),
+]
+
+
+@pytest.mark.parametrize(("n", "width", "tokens", "dtype", "norm", "magnitude"), READS)
+def test_read(n, width, tokens, dtype, norm, magnitude):
+    def call(module, parameters, sources):
+        query, key_norm, weight = parameters
+        return (module.read_norm(query, sources, key_norm, 1e-6, scale=float(n), norm=norm_of(norm, weight)),)
+
+    parameters = [magnitude * randn(width), 1 + 0.1 * randn(width, seed=1), weight_for(norm, width)]
+    check(call, parameters, [randn(tokens, width, seed=10 + i) for i in range(n)], dtype)
+
+
+@pytest.mark.parametrize(("n", "dtype", "norm"), [(1, F16, "none"), (3, F32, "affine"), (5, F16, "plain")])
+def test_threaded_read_hands_sources_on(n, dtype, norm):
+    def call(module, parameters, sources):
+        query, key_norm, weight = parameters
+        x, handed_on = module.read_norm_threaded(query, sources, key_norm, 1e-6, scale=1.0, norm=norm_of(norm, weight))
+        return (x, *handed_on)
+
+    width = 40
+    parameters = [0.3 * randn(width), 1 + 0.1 * randn(width, seed=1), weight_for(norm, width)]
+    check(call, parameters, [randn(2, width, seed=10 + i) for i in range(n)], dtype)
+
+
+BLOCKS = [
+    # sources, queries, width, tokens, dtype, magnitude of the queries
+    (1, 2, 40, 3, F32, 1.0),
+    (2, 3, 257, 1, F16, 0.1),
+    (5, 6, 40, 1, F32, 0.3),
+    (3, 10, 24, 1, BF16, 0.3),
+    (18, 1, 24, 2, F32, 0.3),
+    (2, 18, 24, 1, F32, 0.3),
+]
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+@pytest.mark.parametrize(("n", "queries", "width", "tokens", "dtype", "magnitude"), BLOCKS)
+def test_inter_block(n, queries, width, tokens, dtype, magnitude, threaded):
+    if threaded and n > 2:
+        pytest.skip("the same kernels as unthreaded, but for the sources' gradients")
+
+    def call(module, parameters, sources):
+        if not threaded:
+            outs, lses = module.inter_block(parameters[0], sources, parameters[1], 1e-6)
+            return (*outs, *lses)
+        outs, lses, handed_on = module.inter_block_threaded(parameters[0], sources, parameters[1], 1e-6)
+        return (*outs, *lses, *handed_on)
+
+    parameters = [magnitude * randn(queries, width), 1 + 0.1 * randn(queries, width, seed=1)]
+    check(call, parameters, [randn(tokens, width, seed=10 + i) for i in range(n)], dtype)
+
+
+@pytest.mark.parametrize("partial", [False, True])
+@pytest.mark.parametrize(
+    ("width", "tokens", "dtype", "norm"),
+    [(40, 3, F32, "affine"), (257, 1, F16, "plain"), (100, 3, BF16, "affine"), (33, 17, F32, "none")],
+)
+def test_merge(width, tokens, dtype, norm, partial):
+    def call(module, parameters, activations):
+        query, key_norm, weight, lse = parameters
+        *before, update, out = activations
+        return module.merge_norm(
+            query, *(before or [None]), update, key_norm, out, lse, 1e-6, scale=3.0, norm=norm_of(norm, weight)
+        )
+
+    parameters = [0.3 * randn(width), 1 + 0.1 * randn(width, seed=1), weight_for(norm, width), randn(tokens, seed=4)]
+    check(call, parameters, [randn(tokens, width, seed=10 + i) for i in range(2 + partial)], dtype)
+
+
+@pytest.mark.parametrize("gap", [-1e4, -30.0, 0.0, 30.0, 1e4])
+def test_merge_with_any_distance_between_the_shares(gap):
+    def call(module, parameters, activations):
+        query, key_norm, lse = parameters
+        return (module.merge(query, activations[0], key_norm, activations[1], lse, 1e-6, scale=2.0),)
+
+    width = 40
+    # a huge read that hardly counts must not leave its rounding error behind
+    activations = [randn(3, width), 1e4 * randn(3, width, seed=1)]
+    check(call, [0.1 * randn(width), torch.ones(width), gap + randn(3)], activations, F32)
+
+
+@pytest.mark.parametrize(
+    ("width", "tokens", "dtype", "norm"),
+    [(40, 17, F32, "affine"), (257, 1, F16, "plain"), (100, 3, BF16, "affine"), (40, 3, F32, "none")],
+)
+def test_add_norm(width, tokens, dtype, norm):
+    def call(module, parameters, activations):
+        return module.add_norm(*activations, norm=norm_of(norm, parameters[0]))
+
+    check(call, [weight_for(norm, width)], [randn(tokens, width), randn(tokens, width, seed=1)], dtype)
+
+
+@pytest.mark.parametrize("n", [3, 5])
+@pytest.mark.parametrize("dtype", [F32, F16])
+def test_one_source_takes_all_the_weight(n, dtype):
+    width = 40
+    sources = [randn(2, width, seed=10 + i) for i in range(n)]
+    query = 1e4 * sources[n - 2].mean(0)  # logits are tens of thousands apart
+
+    def call(module, parameters, sources):
+        outs, lses = module.inter_block(parameters[0][None], sources, parameters[1][None], 1e-6)
+        return (module.read_norm(*parameters[:1], sources, parameters[1], 1e-6, scale=1.0, norm=None), *outs, *lses)
+
+    check(call, [query, torch.ones(width)], sources, dtype)
+
+
+@pytest.mark.parametrize("magnitude", [1e-12, 1e-4, 1e12])
+def test_magnitudes_and_zero_rows(magnitude):
+    """fp32 squares of these neither overflow nor matter beside eps where they vanish."""
+    width = 40
+    sources = [magnitude * randn(2, width, seed=10 + i) for i in range(3)]
+    sources[1] = torch.zeros(2, width)
+
+    def call(module, parameters, sources):
+        query, key_norm = parameters
+        outs, lses = module.inter_block(query[None], sources, key_norm[None], 1e-6)
+        x = module.read_norm(query, sources, key_norm, 1e-6, scale=3.0, norm=(None, 1e-30))
+        return (x, *outs, *lses)
+
+    check(call, [0.3 * randn(width), torch.ones(width)], sources, F32)
+
+
+def test_as_many_sources_as_allowed():
+    width, n = 16, 256
+
+    def call(module, parameters, sources):
+        return (module.depth_attention(parameters[0], sources, parameters[1]),)
+
+    check(call, [randn(width), torch.ones(width)], [randn(1, width, seed=10 + i) for i in range(n)], F32)
+
+
+def test_inter_block_of_as_many_sources_as_allowed():
+    width, n = 16, 256
+    sources = [randn(1, width, seed=10 + i).to(DEVICE) for i in range(n)]
+    (out,), (lse,) = kernels.inter_block(randn(1, width).to(DEVICE), sources, torch.ones(1, width).to(DEVICE))
+    (want,), (want_lse,) = reference.inter_block(randn(1, width), [s.cpu() for s in sources], torch.ones(1, width))
+    torch.testing.assert_close(out.cpu(), want)
+    torch.testing.assert_close(lse.cpu(), want_lse)
+
+
+@pytest.mark.parametrize("n", [2, 6, 19])
+def test_weights(n):
+    sources = [randn(2, 3, 40, seed=10 + i).to(DEVICE) for i in range(n)]
+    query, key_norm = randn(40).to(DEVICE), 1 + 0.1 * randn(40, seed=1).to(DEVICE)
+    h, weights = kernels.depth_attention(query, sources, key_norm, return_weights=True, scale=2.0)
+    want, want_weights = reference.depth_attention(query, sources, key_norm, return_weights=True, scale=2.0)
+    assert weights.shape == (n, 2, 3)
+    torch.testing.assert_close(h, want)
+    torch.testing.assert_close(weights, want_weights)
+
+
+def test_split_products_of_the_query_gradient():
+    """On GPUs bf16 sources meet the coefficients as two bf16 numbers; here fp16, as the interpreter has no bf16 dot."""
+    from attnres.ops.triton_launch import launch
+    from attnres.ops.triton_reduce import query_gradient
+
+    n, tokens, queries, width = 2, 37, 3, 40
+    sources = tuple(randn(tokens, width, seed=10 + i).to(DEVICE, F16) for i in range(n))
+    coefficients = randn(tokens, n, queries).to(DEVICE)
+    partial = torch.empty(2, queries, width, device=DEVICE)
+    launch(
+        query_gradient,
+        (2, 2),
+        sources,
+        coefficients,
+        partial,
+        n,
+        queries,
+        tokens,
+        32,
+        D=width,
+        BLOCK=32,
+        TOKENS=16,
+        COUNT=n,
+        QUERIES=16,
+        SPLIT=True,
+        p_like=sources[0],
+        num_warps=4,
+        device=partial.device,
+    )
+    want = torch.einsum("tns,ntd->sd", coefficients.double(), torch.stack(sources).double())
+    torch.testing.assert_close(partial.sum(0).double(), want, rtol=0, atol=2**-18 * want.abs().max().item())
