@@ -23,14 +23,14 @@ from unittest import mock
 
 os.environ.pop("TRITON_INTERPRET", None)
 
-import torch  # noqa: E402
-import triton  # noqa: E402
-from torch import Tensor  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
-from attnres.ops import triton_inter_block, triton_launch, triton_merge, triton_norm, triton_read  # noqa: E402
+from attnres.ops import triton_inter_block, triton_launch, triton_merge, triton_norm, triton_read
 
 TOKENS = 16384
 ARCHITECTURES = (80, 90, 100)
@@ -165,7 +165,7 @@ def measure(case: dict[str, Any], launch: Launch, architecture: int) -> dict[str
         fn=launch.kernel,
         signature=types,
         constexprs={name: given[name] for name, name_type in types.items() if name_type == "constexpr"},
-        attrs=dict.fromkeys(pointers(types), [["tt.divisibility", 16]]),
+        attrs={key: [["tt.divisibility", 16]] for key in pointers(types)},
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     registers, stack = resources(compiled.asm["cubin"])

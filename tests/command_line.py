@@ -1,6 +1,7 @@
 """The command line in real processes, which are cheap: each is forked from one server that has imported torch."""
 
 import contextlib
+import fcntl
 import gc
 import importlib
 import io
@@ -9,10 +10,15 @@ import os
 import signal
 import subprocess
 import sys
+import termios
 import time
 import traceback
 from pathlib import Path
 from typing import NamedTuple
+
+import pytest
+
+TIMING = ("tokens_per_second", "mfu")
 
 # The process does something to itself when it is about to take a step, or in the middle of writing a checkpoint.
 AT_STEP = """
@@ -38,8 +44,17 @@ checkpoint._sync = half_way
 """
 
 
+needs_full_device = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+
+
 def kill(name):
     return f"os.kill(os.getpid(), signal.{name})"
+
+
+def metrics(out: Path) -> list[dict]:
+    """What the run in `out` recorded, but for its speed."""
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in record.items() if name not in TIMING} for record in records]
 
 
 class Finished(NamedTuple):
@@ -48,6 +63,12 @@ class Finished(NamedTuple):
     status: int
     out: str
     err: str
+
+    @property
+    def said(self) -> str:
+        """What a command that failed said beside its progress, which is one sentence."""
+        (sentence,) = [line for line in self.err.splitlines() if not line.startswith(("INFO: ", "block_attnres"))]
+        return sentence
 
 
 class Process:
@@ -129,6 +150,8 @@ def _become(request: dict) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number, suffix in ((1, ".out"), (2, ".err")):
         os.dup2(os.open(request["terminal"] or f"{request['logs']}{suffix}", os.O_RDWR | os.O_APPEND), number)
+    if request["terminal"]:
+        fcntl.ioctl(1, termios.TIOCSCTTY, 0)  # so that its Ctrl-C comes here
     exec(request["patch"], {})
 
 

@@ -37,3 +37,12 @@ def tiny(corpus_file):
         --model.hidden-size 32 --model.num-hidden-layers 2 --model.num-attention-heads 2
     """
     return flags.split()
+
+
+@pytest.fixture(scope="session")
+def finished_run(server, tiny, tmp_path_factory):
+    """The folder of a run of four steps, with a BPE of 270 entries."""
+    out = tmp_path_factory.mktemp("run")
+    end = server.run("train", *tiny, "--steps", 4, "--tokenizer", "train:270", "--out", out)
+    assert end.status == 0, end.err
+    return out

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from attnres.lab.compare import CompareConfig, _write_json, summarise
 from attnres.model import Decoder, DecoderConfig
 from attnres.train.config import TrainConfig
 
-from ..command_line import AT_STEP, kill
+from ..command_line import AT_STEP, kill, needs_full_device
 
 NAMES = ["prenorm", "block_attnres", "full_attnres"]
 
@@ -210,7 +211,7 @@ def test_missing_matplotlib_is_found_before_any_run(server, tiny, tmp_path):
 def test_what_a_run_says_reaches_the_command(server, tiny, tmp_path):
     command = ["compare", *tiny, "--residuals", "prenorm", "--out"]
     (tmp_path / "short.txt").write_text("too short for a context")
-    end = server.run(*command, tmp_path / "corpus", "--data", tmp_path / "short.txt")
+    end = server.run(*command, tmp_path / "corpus", "--data", tmp_path / "short.txt", patch=FORK)
     assert (end.status, "fewer than context + 1 = 33; give a larger corpus" in said(end)) == (2, True)
     poison = in_run("prenorm", 4, "self.model.layers[1].up_proj.weight.data.fill_(float('nan'))")
     end = server.run(*command, tmp_path / "poison", patch=poison)
@@ -224,13 +225,14 @@ def test_what_a_run_says_reaches_the_command(server, tiny, tmp_path):
     assert "in step" in end.err, "the traceback is that of the run"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere getrusage is all there is")
 def test_peak_memory_is_the_run_s_own(server, tiny, tmp_path):
     """In spawned processes, as users have them: getrusage would report the size of the process that started them."""
-    large = "import builtins; builtins.ballast = b'x' * (3 << 29)"
+    large = "import builtins; builtins.ballast = b'x' * (1 << 30)"
     end = server.run("compare", *tiny, "--residuals", "prenorm", "--steps", 1, "--checkpoint-every", 1,
                      "--optim.warmup-steps", 0, "--out", tmp_path, patch=large)  # fmt: skip
     assert end.status == 0, end.err
-    assert 10**8 < results(tmp_path)["runs"][0]["peak_memory_bytes"] < 2**30
+    assert 10**8 < results(tmp_path)["runs"][0]["peak_memory_bytes"] < 9 * 10**8
 
 
 def test_the_shape_is_shared_and_the_rest_is_not(tmp_path):
@@ -247,6 +249,7 @@ def test_the_shape_is_shared_and_the_rest_is_not(tmp_path):
         CompareConfig(seeds=())
 
 
+@needs_full_device
 def test_results_are_whole_or_absent(tmp_path):
     (tmp_path / "results.json.tmp").symlink_to("/dev/full")
     with pytest.raises(Failure, match=r"cannot write .*results.json: No space left on device; free some space"):

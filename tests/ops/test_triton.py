@@ -15,7 +15,7 @@ if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 pytest.importorskip("triton")
-from attnres.ops import reference  # noqa: E402
+from attnres.ops import reference, triton_launch, triton_reduce  # noqa: E402
 from attnres.ops import triton as kernels  # noqa: E402
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -36,7 +36,10 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def check(
-    call: Callable[..., tuple[Tensor, ...]], parameters: list[Tensor | None], activations: list[Tensor], dtype: torch.dtype
+    call: Callable[..., tuple[Tensor, ...]],
+    parameters: list[Tensor | None],
+    activations: list[Tensor],
+    dtype: torch.dtype,
 ) -> None:
     """Runs call(module, parameters, activations) with the kernels and the reference, activations in `dtype`, and with
     the reference in fp64. The kernels' error may be twice the reference's, plus the floor."""
@@ -115,21 +118,30 @@ BLOCKS = [
 ]
 
 
-@pytest.mark.parametrize("threaded", [False, True])
 @pytest.mark.parametrize(("n", "queries", "width", "tokens", "dtype", "magnitude"), BLOCKS)
-def test_inter_block(n, queries, width, tokens, dtype, magnitude, threaded):
-    if threaded and n > 2:
-        pytest.skip("the same kernels as unthreaded, but for the sources' gradients")
+def test_inter_block(n, queries, width, tokens, dtype, magnitude, monkeypatch):
+    """As with many tokens: a program loops over groups of queries."""
+    monkeypatch.setattr(triton_launch, "FEW_TOKENS", 0)
 
     def call(module, parameters, sources):
-        if not threaded:
-            outs, lses = module.inter_block(parameters[0], sources, parameters[1], 1e-6)
-            return (*outs, *lses)
-        outs, lses, handed_on = module.inter_block_threaded(parameters[0], sources, parameters[1], 1e-6)
-        return (*outs, *lses, *handed_on)
+        outs, lses = module.inter_block(parameters[0], sources, parameters[1], 1e-6)
+        return (*outs, *lses)
 
     parameters = [magnitude * randn(queries, width), 1 + 0.1 * randn(queries, width, seed=1)]
     check(call, parameters, [randn(tokens, width, seed=10 + i) for i in range(n)], dtype)
+
+
+@pytest.mark.parametrize(("n", "queries", "dtype"), [(1, 3, F16), (2, 5, F32), (5, 2, F16), (17, 2, F32)])
+def test_threaded_inter_block_hands_sources_on(n, queries, dtype):
+    """As with few tokens: a program has two queries at most."""
+
+    def call(module, parameters, sources):
+        outs, lses, handed_on = module.inter_block_threaded(parameters[0], sources, parameters[1], 1e-6)
+        return (*outs, *lses, *handed_on)
+
+    width = 24
+    parameters = [0.3 * randn(queries, width), 1 + 0.1 * randn(queries, width, seed=1)]
+    check(call, parameters, [randn(2, width, seed=10 + i) for i in range(n)], dtype)
 
 
 @pytest.mark.parametrize("partial", [False, True])
@@ -147,6 +159,20 @@ def test_merge(width, tokens, dtype, norm, partial):
 
     parameters = [0.3 * randn(width), 1 + 0.1 * randn(width, seed=1), weight_for(norm, width), randn(tokens, seed=4)]
     check(call, parameters, [randn(tokens, width, seed=10 + i) for i in range(2 + partial)], dtype)
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16])
+def test_sums_are_rounded_before_they_are_used(dtype):
+    """What a merge or a norm sees is what the next layer is handed."""
+    partial, update, out = (randn(3, 40, seed=i).to(DEVICE, dtype) for i in range(3))
+    query, key_norm, lse = randn(40).to(DEVICE), torch.ones(40, device=DEVICE), randn(3).to(DEVICE)
+    norm = (None, 1e-6)
+    total, x = kernels.merge_norm(query, partial, update, key_norm, out, lse, 1e-6, scale=1.0, norm=norm)
+    _, again = kernels.merge_norm(query, None, total, key_norm, out, lse, 1e-6, scale=1.0, norm=norm)
+    torch.testing.assert_close(x, again, rtol=0, atol=0)
+    total, x = kernels.add_norm(partial, update, norm=norm)
+    _, again = kernels.add_norm(total, torch.zeros_like(total), norm=norm)
+    torch.testing.assert_close(x, again, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("gap", [-1e4, -30.0, 0.0, 30.0, 1e4])
@@ -233,15 +259,12 @@ def test_weights(n):
 
 def test_split_products_of_the_query_gradient():
     """On GPUs bf16 sources meet the coefficients as two bf16 numbers; here fp16, as the interpreter has no bf16 dot."""
-    from attnres.ops.triton_launch import launch
-    from attnres.ops.triton_reduce import query_gradient
-
     n, tokens, queries, width = 2, 37, 3, 40
     sources = tuple(randn(tokens, width, seed=10 + i).to(DEVICE, F16) for i in range(n))
     coefficients = randn(tokens, n, queries).to(DEVICE)
     partial = torch.empty(2, queries, width, device=DEVICE)
-    launch(
-        query_gradient,
+    triton_launch.launch(
+        triton_reduce.query_gradient,
         (2, 2),
         sources,
         coefficients,

@@ -1,4 +1,4 @@
-"""The Triton backend as PyTorch sees it: layouts, bad input, custom ops, autograd, checkpointing, compilation, threading.
+"""The Triton backend as PyTorch sees it: layouts, bad input, custom ops, autograd, checkpoints, compilation.
 
 Without a GPU the kernels run in Triton's interpreter, which has to be chosen before they are imported.
 """

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_launch import MAX_REGISTERS, chunk_config, dense, few_tokens, launch, rows
+from .triton_launch import chunk_config, dense, few_tokens, launch, rows
 from .triton_reduce import query_partials, sum_partials
 from .triton_rows import join, joined_sums, load_rows, num_tiles, row_pointer, store_gradient
 
@@ -309,7 +309,7 @@ def inter_block(
         MIX=mix,
         p_like=sources[0],
         num_warps=config.num_warps,
-        maxnreg=MAX_REGISTERS,
+        maxnreg=config.maxnreg,
         device=sources[0].device,
     )
     return outs, lse, logits, rstd
@@ -384,7 +384,7 @@ def inter_block_gradients(
         CHAINED=len(later) > 0,
         p_like=sources[0],
         num_warps=config.num_warps,
-        maxnreg=MAX_REGISTERS,
+        maxnreg=config.maxnreg,
         device=sources[0].device,
     )
     partial = query_partials(sources, along_query, num_queries)

@@ -23,12 +23,11 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 INTERPRETED = not isinstance(pack_addresses, triton.runtime.jit.JITFunction)
 """Whether TRITON_INTERPRET=1 was set at import: kernels then run on CPU tensors, slowly."""
 
-MAX_REGISTERS = 168
-"""Of a phase-1 thread: leaves a multiprocessor three warps a scheduler. Left alone, ptxas spills a little for more."""
+FEW_TOKENS = 128
+"""Up to here, as in decoding, phase 1 gives each pair of queries a program of its own and does not loop over groups."""
 
 _MAX_ARGUMENTS = 16
 _PACK = 32
-_FEW_TOKENS = 128
 
 
 def check_supported(tensor: Tensor, num_sources: int = 1) -> None:
@@ -68,11 +67,13 @@ def row_config(width: int, per_thread: int, num_tokens: int, device: torch.devic
 
 
 class ChunkConfig(NamedTuple):
-    """A phase-1 program: chunk of the width, one lane a thread, warps; sources and queries taken at a time."""
+    """A phase-1 program: chunk of the width, one lane a thread, warps, the most registers a thread may have; sources
+    and queries taken at a time."""
 
     BLOCK: int
     LANES: int
     num_warps: int
+    maxnreg: int
     TILE: int
     GROUP: int
 
@@ -81,18 +82,21 @@ def chunk_config(
     width: int, n: int, num_queries: int, num_tokens: int, products: int, dtype: torch.dtype
 ) -> ChunkConfig:
     """products: how many (source, query) pairs may be in registers at once."""
-    group = even_share(num_queries, products // 4)
-    tile = tile_size(n, products // group)
-    warps = 1 if width <= 1024 else 2 if width <= 2048 else 4 if width <= 4096 else 8
-    if num_tokens <= _FEW_TOKENS:  # too few programs to fill a device: more threads on each token
-        warps = min(8, max(1, triton.next_power_of_2(width) // 256))
+    if few_tokens(num_tokens):  # they cannot fill a device: many threads and few queries a program
+        warps = min(16, max(1, triton.next_power_of_2(width) // 256))
+        group = even_share(num_queries, 2)
+    else:
+        warps = 1 if width <= 1024 else 2 if width <= 2048 else 4 if width <= 4096 else 8
+        group = even_share(num_queries, products // 4)
     lanes = 32 * warps
-    return ChunkConfig(lanes * (16 // dtype.itemsize), lanes, warps, tile, group)
+    # 168 leaves three warps a scheduler; left alone, ptxas spills a little to fit more
+    registers = min(168, 65536 // lanes)
+    tile = tile_size(n, products // group)
+    return ChunkConfig(lanes * (16 // dtype.itemsize), lanes, warps, registers, tile, group)
 
 
 def few_tokens(num_tokens: int) -> bool:
-    """Whether phase 1 gives each group of queries a program of its own instead of looping over groups."""
-    return num_tokens <= _FEW_TOKENS
+    return num_tokens <= FEW_TOKENS
 
 
 def even_share(count: int, limit: int) -> int:

@@ -41,7 +41,7 @@ def query_gradient(
     chunk = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_d = o_d < D
-    o_l = tl.arange(0, QUERIES)
+    o_l = tl.program_id(2) * QUERIES + tl.arange(0, QUERIES)
     m_l = o_l < num_queries
     o_tokens = tl.arange(0, TOKENS)
     end = tl.minimum((chunk + 1) * tokens_per_program, num_tokens)
@@ -107,7 +107,7 @@ def query_partials(sources: Sequence[Tensor], along_query: Tensor, num_queries: 
     first = sources[0]
     width = first.shape[-1]
     num_tokens = first.numel() // width
-    tokens, block = 32, min(256, max(16, triton.next_power_of_2(width)))
+    tokens, block = 16, min(256, max(16, triton.next_power_of_2(width)))
     columns = triton.cdiv(width, block)
     # about three programs a multiprocessor, each with whole steps of tokens
     chunks = max(1, min(triton.cdiv(num_tokens, tokens), 3 * multiprocessors(first.device) // columns))
@@ -115,9 +115,10 @@ def query_partials(sources: Sequence[Tensor], along_query: Tensor, num_queries: 
     chunks = triton.cdiv(num_tokens, share)
     partial = torch.empty((chunks, num_queries, width), dtype=torch.float32, device=first.device)
     list_of_sources = rows(sources, 1)
+    queries = 16 if num_queries <= 16 else 32
     launch(
         query_gradient,
-        (chunks, columns),
+        (chunks, columns, triton.cdiv(num_queries, queries)),
         list_of_sources.pointers,
         along_query,
         partial,
@@ -129,11 +130,11 @@ def query_partials(sources: Sequence[Tensor], along_query: Tensor, num_queries: 
         BLOCK=block,
         TOKENS=tokens,
         COUNT=list_of_sources.COUNT,
-        QUERIES=max(16, triton.next_power_of_2(num_queries)),
+        QUERIES=queries,
         # the interpreter has no bf16 dot
         SPLIT=first.dtype == torch.bfloat16 and not INTERPRETED,
         p_like=first,
-        num_warps=4,
+        num_warps=4 if queries == 16 else 8,
         device=first.device,
     )
     return partial

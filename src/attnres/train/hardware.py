@@ -72,7 +72,7 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: the most that CUDA tensors took, or the most resident memory that this process had."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with suppress(OSError):  # Linux; getrusage would count what the process that started this one had
+    with suppress(OSError, IndexError):  # Linux; getrusage would count what the process that started this one had
         status = Path("/proc/self/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
