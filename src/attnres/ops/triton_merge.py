@@ -56,7 +56,7 @@ def merge_forward(
         b_s += tl.load(p_partial_sum + o_row, mask=m_d, other=0.0).to(tl.float32)
         b_sum = b_s.to(p_sum.dtype.element_ty)
         tl.store(p_sum + o_row, b_sum, mask=m_d)
-        b_s = b_s
+        b_s = b_sum.to(tl.float32)
     b_o = tl.load(p_out + o_row, mask=m_d, other=0.0).to(tl.float32)
     lse = tl.load(p_lse + token)
 
