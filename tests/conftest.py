@@ -7,7 +7,12 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads cost more than they give
 
+import torch
+
 from .command_line import Server
+
+if not torch.cuda.is_available():  # before anything imports triton: its kernels run on the CPU then
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")
