@@ -70,14 +70,18 @@ def test_compiles_in_one_graph(name, schedule):
     options = {} if name == "prenorm" else {"schedule": schedule}
     model = trained_like(decoder(name, options, num_hidden_layers=2))
     want, want_gradients = model(IDS), gradients(model)
+    torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(IDS), want)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(IDS), want.detach())
     loss = F.cross_entropy(compiled(IDS).flatten(0, 1), IDS.flatten())
     for got, expected in zip(torch.autograd.grad(loss, list(model.parameters())), want_gradients, strict=True):
         torch.testing.assert_close(got, expected)
 
 
 def test_compiles_with_inductor_too():
+    torch.compiler.reset()
     model = trained_like(decoder(num_hidden_layers=1))
     torch.testing.assert_close(torch.compile(model, fullgraph=True)(IDS), model(IDS))
 

@@ -39,29 +39,35 @@ __all__ = [
 ]
 
 
+def _read(folded: Tensor, eps: float, scale: float, sources: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(h in the dtype of the sources, and per source and token: <u, v>, reciprocal RMS, softmax weight)."""
+    dim, dtype = folded.shape[0], folded.dtype
+    with torch.autocast(folded.device.type, enabled=False):
+        values = [source.to(dtype) for source in sources]
+        dots = torch.stack([v @ folded for v in values])
+        norms = torch.stack([torch.linalg.vector_norm(v, dim=-1) for v in values])
+        rstds = torch.rsqrt(norms.square_() / dim + eps)
+        weights = (dots * rstds).softmax(0)
+        scaled = (weights * scale).unsqueeze(-1)
+        h = values[0] * scaled[0]
+        for v, p in zip(values[1:], scaled[1:], strict=True):
+            h.addcmul_(v, p)
+    return h.to(sources[0].dtype), dots, rstds, weights
+
+
 class _DepthAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, folded: Tensor, eps: float, scale: float, *sources: Tensor) -> tuple[Tensor, Tensor]:
-        dim, dtype = folded.numel(), folded.dtype
-        with torch.autocast(folded.device.type, enabled=False):
-            values = [source.to(dtype) for source in sources]
-            dots = torch.stack([v @ folded for v in values])
-            norms = torch.stack([torch.linalg.vector_norm(v, dim=-1) for v in values])
-            rstds = torch.rsqrt(norms.square_() / dim + eps)
-            weights = (dots * rstds).softmax(0)
-            scaled = (weights * scale).unsqueeze(-1)
-            h = values[0] * scaled[0]
-            for v, p in zip(values[1:], scaled[1:], strict=True):
-                h.addcmul_(v, p)
+        h, dots, rstds, weights = _read(folded, eps, scale, sources)
         ctx.scale = scale
         ctx.save_for_backward(folded, dots, rstds, weights, *sources)
         ctx.mark_non_differentiable(weights)
-        return h.to(sources[0].dtype), weights
+        return h, weights
 
     @staticmethod
     def backward(ctx: Any, dh: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         folded, dots, rstds, weights, *sources = ctx.saved_tensors
-        dim, dtype = folded.numel(), folded.dtype
+        dim, dtype = folded.shape[0], folded.dtype
         with torch.autocast(folded.device.type, enabled=False):
             dh = dh.to(dtype)
             values = [source.to(dtype) for source in sources]
@@ -91,7 +97,11 @@ def depth_attention(
     scale: float = 1.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     dtype = statistics_dtype(sources[0].dtype)
-    h, weights = _DepthAttention.apply(query.to(dtype) * key_norm.to(dtype), eps, scale, *sources)
+    folded = query.to(dtype) * key_norm.to(dtype)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (folded, *sources)):
+        h, weights = _DepthAttention.apply(folded, eps, scale, *sources)
+    else:  # torch.compile cannot trace a Function whose inputs need no gradient
+        h, _, _, weights = _read(folded, eps, scale, sources)
     return (h, weights) if return_weights else h
 
 
