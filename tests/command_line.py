@@ -25,6 +25,12 @@ AT_STEP = """
 import os, signal, time
 from attnres.train.trainer import Trainer
 take_step = Trainer._train_step
+def until_stopped():
+    while signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        time.sleep(0.01)
+def until_exists(path):
+    while not os.path.exists(path):
+        time.sleep(0.01)
 def step(self, batches):
     if self.step + 1 == {step}:
         {action}
@@ -147,6 +153,7 @@ def _serve() -> dict:
 
 def _become(request: dict) -> None:
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what runs in the background
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number, suffix in ((1, ".out"), (2, ".err")):
         os.dup2(os.open(request["terminal"] or f"{request['logs']}{suffix}", os.O_RDWR | os.O_APPEND), number)

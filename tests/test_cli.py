@@ -79,7 +79,7 @@ class Terminal:
 
 def test_a_terminal_shows_a_bar_and_takes_ctrl_c(server, tiny, tmp_path):
     terminal = Terminal()
-    slow = AT_STEP.format(step=5, action="time.sleep(1)")
+    slow = AT_STEP.format(step=5, action="until_stopped()")
     process = server.start("train", *tiny, "--out", tmp_path / "run", patch=slow, terminal=terminal.name)
     process.wait_for(lambda: "4/10" in terminal.read())
     os.write(terminal.master, b"\x03")

@@ -102,7 +102,7 @@ def test_stopping_a_whole_process_group_spares_the_data_workers(server, tiny, tm
     flags = [*tiny, "--accumulate", 3, "--workers", 1]
     assert server.run("train", *flags, "--out", tmp_path / "whole").status == 0
     for i, name in enumerate(("SIGTERM", "SIGINT")):
-        action = f"os.killpg(0, signal.{name}); time.sleep(0.3)"
+        action = f"os.killpg(0, signal.{name}); until_stopped()"
         resume = ["--resume"] if i else flags
         end = server.run("train", *resume, "--out", tmp_path / "a", patch=AT_STEP.format(step=3 + i, action=action))
         assert (end.status, saved(tmp_path / "a")) == (0, f"step-{3 + i:08d}"), end.err
@@ -122,10 +122,13 @@ def test_a_second_ctrl_c_ends_at_once(server, tiny, tmp_path):
 
 
 def test_two_processes_never_train_in_one_folder(server, tiny, tmp_path):
-    out = tmp_path / "run"
-    first = server.start("train", *tiny, "--out", out, patch=AT_STEP.format(step=5, action="time.sleep(3)"))
+    out, gate = tmp_path / "run", tmp_path / "gate"
+    first = server.start(
+        "train", *tiny, "--out", out, patch=AT_STEP.format(step=5, action=f"until_exists({str(gate)!r})")
+    )
     first.wait_for(lambda: (out / "checkpoints").exists())
-    end = server.run("train", "--resume", "--out", out)
-    assert "waiting for another process that trains in" in end.err
-    assert (first.wait().status, end.status) == (0, 0)
+    second = server.start("train", "--resume", "--out", out)
+    second.wait_for(lambda: f"waiting for another process that trains in {out}" in second.err())
+    gate.touch()
+    assert (first.wait().status, second.wait().status) == (0, 0)
     assert [record["step"] for record in metrics(out) if "loss" in record] == list(range(1, 11))
