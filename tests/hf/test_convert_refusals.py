@@ -146,6 +146,7 @@ def test_models(make, reason):
         ({"residual": "blok_attnres"}, "did you mean 'block_attnres'"),
         ({"residual": "prenorm"}, "must be one of block_attnres, full_attnres"),
         ({"stream_scale": False}, "stream_scale must stay True"),
+        ({"residual": "full_attnres", "window": 2}, "window must stay None"),
         ({"blocks": 3}, "no option 'blocks'"),
         ({"eps": -1.0}, "eps"),
     ],

@@ -52,6 +52,16 @@ def test_the_two_phase_schedule_is_the_same_function(name, residual):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    "switches", [{"query": "input"}, {"mixing": "sigmoid"}, {"mixing": "static"}, {"null_source": True}, {"heads": 2}]
+)
+def test_every_switch_of_the_weights_starts_as_the_same_function(switches):
+    original = build("gpt2")
+    model = hf.convert(copy.deepcopy(original), num_blocks=3, **switches)
+    assert torch.allclose(model(tokens()).logits, original(tokens()).logits, rtol=0, atol=1e-9)
+
+
+@torch.no_grad()
 def test_a_copy_stands_on_its_own():
     model = hf.convert(build("llama"))
     before = model(tokens()).logits

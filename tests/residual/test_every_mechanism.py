@@ -24,6 +24,11 @@ VARIANTS = [
     *((name, {}) for name in residual.names()),
     ("rezero", {"input_norms": True}),
     ("laurel", {"previous": 2}),
+    ("full_attnres", {"query": "input"}),
+    ("full_attnres", {"mixing": "static", "window": 2}),
+    ("full_attnres", {"mixing": "sigmoid", "key_normalised": False}),
+    ("block_attnres", {"block_size": 2, "null_source": True, "heads": 2, "temperature": 0.5}),
+    ("block_attnres", {"block_size": 2, "mixing": "static"}),
 ]
 AS_PRENORM = {"full_attnres", "block_attnres", "laurel", "hyper_connections", "denseformer", "muddformer"}
 """Mechanisms that are the plain sum at the start, around equal layers."""

@@ -63,7 +63,7 @@ def test_heads_add_no_parameters():
     for heads in (1, 2, 3):
         res = residual.build("multihead_attnres", DIM, 5, heads=heads)
         assert sum(p.numel() for p in res.parameters()) == 2 * 6 * DIM
-    assert residual.build("multihead_attnres", 64, 5).heads == 4
+    assert residual.build("multihead_attnres", 64, 5).weighing.heads == 4
 
 
 def test_agrees_with_the_published_function_on_every_slice():

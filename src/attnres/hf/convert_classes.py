@@ -61,6 +61,8 @@ def build_residual(base: Any, entry: architectures.Architecture, name: str, opti
         raise UsageError(f"residual must be one of {', '.join(EXACT)}, which start as the plain sum; it is {name!r}")
     if not options.get("stream_scale", True):
         raise UsageError("stream_scale must stay True in a conversion: the model used to read a sum, not a mean")
+    if options.get("window") is not None:
+        raise UsageError("window must stay None in a conversion: the model used to read all its layers' outputs")
     options = {**options, "stream_scale": True}
     layers = getattr(base, entry.layers)
     # parallel branches read twice before they write; the two-phase schedule takes reads and writes in turn

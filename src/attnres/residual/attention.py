@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
 from ..errors import UsageError
+from ..ops import reference
 from .base import Residual, State, normed, split_norm
+from .weighing import Weighing
 
 SCHEDULES = ("auto", "layerwise", "two_phase")
 
@@ -19,28 +22,50 @@ class DepthAttention(Residual):
 
     Parameters (row i = layer i, last row = the read in front of the output head):
         pseudo_query [L + 1, D]: zeros at init, so that training starts from an equal-weight mean.
-        key_norm [L + 1, D]: weight of the RMSNorm on the keys, ones at init.
+        key_norm [L + 1, D]: weight of the RMSNorm on the keys, ones at init; absent with key_normalised=False.
+        query_proj [L + 1, D, D], in place of pseudo_query with query="input": zeros at init.
+        static_weight [L + 1, most sources], alone with mixing="static": n times the weights of a read of n sources,
+        ones at init.
     """
 
     decoder_options = {"stream_scale": True}
-    layer_parameters = ("pseudo_query", "key_norm")
+    pseudo_query: Tensor
+    key_norm: Tensor
+    query_proj: Tensor
+    static_weight: Tensor
 
-    def __init__(self, dim: int, num_layers: int, eps: float, stream_scale: bool, schedule: str) -> None:
+    def __init__(
+        self, dim: int, num_layers: int, eps: float, stream_scale: bool, schedule: str, **switches: Any
+    ) -> None:
         super().__init__(dim, num_layers)
         if not eps >= 0:
             raise UsageError(f"eps must be zero or positive; it is {eps}")
         if schedule not in SCHEDULES:
             raise UsageError(f"schedule must be one of {', '.join(SCHEDULES)}; it is {schedule!r}")
+        self.weighing = Weighing(dim, **switches)
+        if schedule == "two_phase" and not self.weighing.published:
+            raise UsageError(
+                "schedule='two_phase' is for the published weights with any temperature; take 'auto' with other "
+                f"switches, which are{str(self.weighing)[1:]}"
+            )
         self.eps = eps
         self.stream_scale = stream_scale
         self.schedule = schedule
-        self.pseudo_query = nn.Parameter(torch.empty(num_layers + 1, dim))
-        self.key_norm = nn.Parameter(torch.empty(num_layers + 1, dim))
+        self.fused = self.weighing.published
+
+    def add_parameters(self) -> None:
+        """Makes the parameters that the weights need; called when the number of sources of every layer is known."""
+        rows = self.num_layers + 1
+        most = max(self.num_sources(layer) for layer in range(rows))
+        shapes = {"query_proj": (rows, self.dim, self.dim), "static_weight": (rows, most)}
+        self.layer_parameters = self.weighing.parameters
+        for name in self.layer_parameters:
+            setattr(self, name, nn.Parameter(torch.empty(shapes.get(name, (rows, self.dim)))))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.zeros_(self.pseudo_query)
-        nn.init.ones_(self.key_norm)
+        for name in self.layer_parameters:
+            (nn.init.zeros_ if name in ("pseudo_query", "query_proj") else nn.init.ones_)(getattr(self, name))
 
     @abstractmethod
     def sources(self, state: State, layer: int) -> tuple[Tensor, ...]:
@@ -51,35 +76,46 @@ class DepthAttention(Residual):
         """How many sources that read has."""
 
     def depth_weights(self, state: State, layer: int) -> Tensor:
-        """Softmax weights [num_sources, ...] of the read of `layer` (num_layers: the output read)."""
+        """Weights [num_sources, ...] of the read of `layer` (num_layers: the output read); [num_sources, ..., heads]
+        where there are several heads."""
         sources = self.sources(state, layer)
+        if not self.fused:
+            return self.attend(layer, sources, 1.0)[1]
         query, key_norm = self.rows(layer)
         _, weights = ops.depth_attention(query, sources, key_norm, self.eps, return_weights=True)
         return weights
 
     def rows(self, first: int, last: int | None = None) -> tuple[Tensor, Tensor]:
-        """(pseudo-query, key norm): [D] each for layer `first`, [last - first, D] for layers first .. last - 1."""
+        """(pseudo-query, key norm): [D] each for layer `first`, [last - first, D] for layers first .. last - 1.
+
+        A temperature is in the pseudo-query.
+        """
         row = first - self.first_layer
         index = row if last is None else slice(row, last - self.first_layer)
-        return self.pseudo_query[index], self.key_norm[index]
+        query = self.pseudo_query[index]
+        temperature = self.weighing.temperature
+        return query if temperature == 1.0 else query / temperature, self.key_norm[index]
 
     def read_flops(self, layer: int) -> int:
-        # a dot product, a sum of squares and a weighted sum over every source
-        return 6 * self.num_sources(layer) * self.dim if self.num_sources(layer) > 1 else 0
+        return self.weighing.flops(self.num_sources(layer))
 
     def scale(self, num_sources: int) -> float:
-        return float(num_sources) if self.stream_scale else 1.0
+        return self.weighing.inverse_mean(num_sources) if self.stream_scale else 1.0
 
     def two_phase(self, tensor: Tensor) -> bool:
         """Whether phase 1 serves a whole block. On CPUs it does not pay; a lean state cannot carry its results."""
-        return self.schedule == "two_phase" or (self.schedule == "auto" and tensor.is_cuda and not self.lean)
+        if self.schedule == "auto":
+            return tensor.is_cuda and self.fused and not self.lean
+        return self.schedule == "two_phase"
 
     def single_read(
         self, sources: tuple[Tensor, ...], layer: int, norm: nn.Module | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """One layer's read over `sources`; also the sources for its successors, so that gradients run as a chain."""
-        if len(sources) == 1:
+        if len(sources) == 1 and self.weighing.one_source_is_itself:
             return normed(sources[0], norm), sources
+        if not self.fused:
+            return normed(self.attend(layer, sources, self.scale(len(sources)))[0], norm), sources
         fold, rest = split_norm(norm, self.dim)
         query, key_norm = self.rows(layer)
         x, handed_on = ops.read_norm_threaded(
@@ -87,5 +123,22 @@ class DepthAttention(Residual):
         )
         return normed(x, rest), tuple(handed_on)
 
+    def attend(self, layer: int, sources: tuple[Tensor, ...], scale: float) -> tuple[Tensor, Tensor]:
+        """(the read of `layer` times scale, [..., D]; its weights as `depth_weights` gives them), in plain PyTorch."""
+        row, weighing = layer - self.first_layer, self.weighing
+        if weighing.mixing == "static":
+            dtype, n = reference.statistics_dtype(sources[0].dtype), len(sources)
+            weights = self.static_weight[row][:n].to(dtype) / n
+            shown = weights.view(n, *[1] * (sources[0].dim() - 1)).expand(n, *sources[0].shape[:-1])
+            return reference.mix(weights * scale, sources), shown
+        query = self.pseudo_query[row] if weighing.query == "learned" else self.query_proj[row]
+        key_norm = self.key_norm[row] if weighing.key_normalised else None
+        weights, values = weighing.weights(query, sources, key_norm, self.eps)
+        h = reference.mix(weights * scale, values)
+        return h if weighing.heads == 1 else h.flatten(-2), weights
+
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, eps={self.eps}, stream_scale={self.stream_scale}, schedule={self.schedule!r}"
+        return (
+            f"{super().extra_repr()}, eps={self.eps}, stream_scale={self.stream_scale}, "
+            f"schedule={self.schedule!r}{self.weighing}"
+        )

@@ -54,8 +54,17 @@ class BlockAttnRes(DepthAttention):
             itself and not its mean, so that the eps of the norm that follows never bites (the decoder's default).
         schedule: "layerwise", "two_phase", or "auto": two-phase on CUDA unless the state must stay lean, else
         layerwise.
+        query: "learned", the pseudo-query w_l; or "input", W_l RMSNorm(v) of the newest source v with a D x D matrix a
+            layer.
+        mixing: "softmax" over the sources; "sigmoid" of each logit alone; or "static", learned scalars without
+            queries and keys.
+        key_normalised: RMSNorm on the keys; without it a key is the source itself.
+        heads: H, slices of the width that attend with weights of their own.
+        null_source: add a source of zeros to the softmax, so that a layer may turn away from all others (softmax1).
+        temperature: divides the logits.
 
-    Raises UsageError for sizes that are not positive, more blocks than layers, or both sizes given.
+    All from `query` on are switches of the paper's ablation, as in `FullAttnRes`. Raises UsageError for sizes that are
+    not positive, more blocks than layers, both sizes given, or switches that exclude each other.
     """
 
     def __init__(
@@ -68,12 +77,22 @@ class BlockAttnRes(DepthAttention):
         eps: float = 1e-6,
         stream_scale: bool = False,
         schedule: str = "auto",
+        query: str = "learned",
+        mixing: str = "softmax",
+        key_normalised: bool = True,
+        heads: int = 1,
+        null_source: bool = False,
+        temperature: float = 1.0,
     ) -> None:
-        super().__init__(dim, num_layers, eps, stream_scale, schedule)
+        switches = dict(query=query, mixing=mixing, key_normalised=key_normalised, heads=heads)
+        super().__init__(
+            dim, num_layers, eps, stream_scale, schedule, **switches, null_source=null_source, temperature=temperature
+        )
         self.block_starts = block_starts(num_layers, block_size, num_blocks)
         ends = (*self.block_starts[1:], num_layers)
         self._block_of = [n for n, end in enumerate(ends) for _ in range(self.block_starts[n], end)]
         self._block_end = dict(zip(self.block_starts, ends, strict=True))
+        self.add_parameters()
 
     @property
     def num_blocks(self) -> int:

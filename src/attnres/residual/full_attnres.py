@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..errors import UsageError
 from .attention import DepthAttention
 from .base import normed
 from .registry import register
@@ -39,15 +40,47 @@ class FullAttnRes(DepthAttention):
         stream_scale: multiply each read by its number of sources. At zero queries a read is then the plain residual sum
             itself and not its mean, so that the eps of the norm that follows never bites (the decoder's default).
         schedule: "layerwise", "two_phase", or "auto", which is layerwise.
+        window: W, attend to the embedding and the last W layer outputs only; None for all.
+        query: "learned", the pseudo-query w_l; or "input", W_l RMSNorm(v) of the newest source v with a D x D matrix a
+            layer.
+        mixing: "softmax" over the sources; "sigmoid" of each logit alone; or "static", learned scalars without
+            queries and keys.
+        key_normalised: RMSNorm on the keys; without it a key is the source itself.
+        heads: H, slices of the width that attend with weights of their own.
+        null_source: add a source of zeros to the softmax, so that a layer may turn away from all others (softmax1).
+        temperature: divides the logits.
 
-    Raises UsageError for bad values.
+    All from `query` on are switches of the paper's ablation (section 8), but for the null source and the temperature;
+    at their start all of them weigh equally. Raises UsageError for bad values and for switches that exclude each other.
     """
 
     def __init__(
-        self, dim: int, num_layers: int, *, eps: float = 1e-6, stream_scale: bool = False, schedule: str = "auto"
+        self,
+        dim: int,
+        num_layers: int,
+        *,
+        eps: float = 1e-6,
+        stream_scale: bool = False,
+        schedule: str = "auto",
+        window: int | None = None,
+        query: str = "learned",
+        mixing: str = "softmax",
+        key_normalised: bool = True,
+        heads: int = 1,
+        null_source: bool = False,
+        temperature: float = 1.0,
     ) -> None:
-        super().__init__(dim, num_layers, eps, stream_scale, schedule)
+        switches = dict(query=query, mixing=mixing, key_normalised=key_normalised, heads=heads)
+        super().__init__(
+            dim, num_layers, eps, stream_scale, schedule, **switches, null_source=null_source, temperature=temperature
+        )
+        if window is not None and (not isinstance(window, int) or window < 1):
+            raise UsageError(f"window must be a positive whole number of layer outputs, or None; it is {window!r}")
+        if window is not None and schedule == "two_phase":
+            raise UsageError("schedule='two_phase' reads all layer outputs at once; take 'auto' with a window")
+        self.window = window
         self.group_size = math.isqrt(num_layers - 1) + 1
+        self.add_parameters()
 
     def start(self, embedding: Tensor) -> FullState:
         return FullState((embedding,), (), ())
@@ -63,7 +96,8 @@ class FullAttnRes(DepthAttention):
         return x, FullState(outputs, (), ())
 
     def write(self, state: FullState, layer: int, output: Tensor) -> FullState:
-        return state._replace(outputs=(*state.outputs, output))
+        embedding, *outputs = (*state.outputs, output)
+        return state._replace(outputs=(embedding, *(outputs if self.window is None else outputs[-self.window :])))
 
     def latest(self, state: FullState) -> Tensor:
         return state.outputs[-1]
@@ -75,10 +109,11 @@ class FullAttnRes(DepthAttention):
         return state.outputs
 
     def tensor_names(self, state: FullState, layer: int) -> list[str]:
-        return [f"output {i}" for i in range(len(state.outputs))]
+        kept = len(state.outputs) - 1
+        return ["output 0", *(f"output {i}" for i in range(layer - kept + 1, layer + 1))]
 
     def num_sources(self, layer: int) -> int:
-        return layer + 1
+        return 1 + (layer if self.window is None else min(layer, self.window))
 
     def _open_group(self, state: FullState, layer: int) -> FullState:
         queries, key_norms = self.rows(layer, min(layer + self.group_size, self.num_layers))
@@ -95,3 +130,6 @@ class FullAttnRes(DepthAttention):
         (out,), (lse,) = ops.inter_block(queries, own, key_norms, self.eps)
         share = torch.sigmoid(lse - earlier_lse).unsqueeze(-1)
         return (scale * (earlier + share * (out - earlier))).to(out.dtype)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.window is None else f", window={self.window}")

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..ops import reference
-from .attention_variant import AttentionVariant
+from .block_attnres import BlockAttnRes
 from .registry import register
 
 
 @register("lowrank_attnres")
-class LowRankAttnRes(AttentionVariant):
+class LowRankAttnRes(BlockAttnRes):
     """Low-rank AttnRes.
 
     Args:
@@ -43,11 +43,13 @@ class LowRankAttnRes(AttentionVariant):
         eps: float = 1e-6,
         stream_scale: bool = False,
     ) -> None:
-        super().__init__(dim, num_layers, block_size, eps, stream_scale)
+        super().__init__(
+            dim, num_layers, block_size=block_size, eps=eps, stream_scale=stream_scale, schedule="layerwise"
+        )
         rank = max(1, dim // 4) if rank is None else rank
         if not isinstance(rank, int) or not 1 <= rank <= dim:
             raise UsageError(f"rank must be a whole number from 1 to the width, {dim}; it is {rank!r}")
-        self.rank = rank
+        self.rank, self.fused = rank, False
         self.pseudo_query = nn.Parameter(torch.empty(num_layers + 1, rank))
         self.key_norm = nn.Parameter(torch.empty(num_layers + 1, rank))
         self.reset_parameters()

@@ -3,23 +3,19 @@
     h^(a) = sum_i softmax_i(w^(a) . RMSNorm(v_i^(a))) v_i^(a)          a = 1 .. H, slices of D / H channels
 
 h is the concatenation of the slices. Pseudo-queries and key norms are those of AttnRes, cut into H pieces, so that
-there is no parameter more; H = 1 is AttnRes.
+there is no parameter more; H = 1 is AttnRes, and this is `block_attnres` with `heads`, under a name of its own.
 """
 
 from __future__ import annotations
 
 import math
 
-from torch import Tensor
-
-from ..errors import UsageError
-from ..ops import reference
-from .attention_variant import AttentionVariant
+from .block_attnres import BlockAttnRes
 from .registry import register
 
 
 @register("multihead_attnres")
-class MultiheadAttnRes(AttentionVariant):
+class MultiheadAttnRes(BlockAttnRes):
     """Multi-head AttnRes.
 
     Args:
@@ -43,18 +39,5 @@ class MultiheadAttnRes(AttentionVariant):
         eps: float = 1e-6,
         stream_scale: bool = False,
     ) -> None:
-        super().__init__(dim, num_layers, block_size, eps, stream_scale)
-        heads = math.gcd(4, dim) if heads is None else heads
-        if not isinstance(heads, int) or heads < 1 or dim % heads:
-            raise UsageError(f"heads must be a positive whole number that divides the width, {dim}; it is {heads!r}")
-        self.heads = heads
-
-    def attend(self, layer: int, sources: tuple[Tensor, ...], scale: float) -> tuple[Tensor, Tensor]:
-        slices = (self.heads, self.dim // self.heads)
-        query, key_norm = (row.unflatten(-1, slices) for row in self.rows(layer))
-        values = [source.unflatten(-1, slices) for source in sources]
-        weights = reference.logits(query, values, key_norm, self.eps).softmax(0)
-        return reference.mix(weights * scale, values).flatten(-2), weights
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, heads={self.heads}"
+        heads = math.gcd(4, int(dim)) if heads is None else heads
+        super().__init__(dim, num_layers, block_size=block_size, heads=heads, eps=eps, stream_scale=stream_scale)
