@@ -1,0 +1,173 @@
+"""Mixture of experts against a loop over tokens, its balancing, and that nothing is counted twice."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from attnres.errors import UsageError
+from attnres.model.moe import MixtureOfExperts, grouped_linear
+
+
+def layer(dtype=torch.float64, **changes) -> MixtureOfExperts:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_experts": 6, "experts_per_token": 2, "scaling": 2.446}
+    built = MixtureOfExperts(**{**sizes, **changes}).to(dtype)
+    built.correction_bias.normal_(std=0.3)
+    return built
+
+
+def naive(moe: MixtureOfExperts, x_BTD: torch.Tensor) -> torch.Tensor:
+    """Every token alone, through each of its experts."""
+    outputs = []
+    for x in x_BTD.flatten(0, 1):
+        score = torch.sigmoid(moe.router.weight @ x)
+        chosen = torch.argsort(score.detach() + moe.correction_bias, descending=True)[: moe.experts_per_token].tolist()
+        total = sum(score[e] for e in chosen) + 1e-20
+        y = torch.zeros_like(x)
+        for e in chosen:
+            inner = F.silu(moe.gate_proj[e] @ x) * (moe.up_proj[e] @ x)
+            y = y + moe.scaling * score[e] / total * (moe.down_proj[e] @ inner)
+        outputs.append(y if moe.shared_experts is None else y + moe.shared_experts(x))
+    return torch.stack(outputs).view(x_BTD.shape)
+
+
+def gradients(moe, function, x):
+    x = x.clone().requires_grad_()
+    y = function(x)
+    used = [p for name, p in moe.named_parameters() if name != "norm.weight"]
+    return y, torch.autograd.grad((y * torch.linspace(-1, 2, y.numel()).to(y).view_as(y)).sum(), [x, *used])
+
+
+@pytest.mark.parametrize(
+    ("shape", "changes"),
+    [
+        ((2, 7), {}),
+        ((1, 1), {}),  # four experts have no token
+        ((3, 5), {"experts_per_token": 6}),
+        ((3, 5), {"experts_per_token": 1, "num_shared_experts": 0}),
+        ((2, 3), {"num_experts": 1, "experts_per_token": 1, "num_shared_experts": 3}),
+    ],
+)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
+def test_output_and_every_gradient_are_those_of_a_loop_over_tokens(shape, changes, dtype, tolerance):
+    moe = layer(dtype, **changes)
+    x = torch.randn(*shape, 8, dtype=dtype)
+    (y, found), (expected, true) = gradients(moe, moe, x), gradients(moe, lambda x: naive(moe, x), x)
+    torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
+    for a, b in zip(found, true, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def test_all_tokens_may_go_to_one_expert():
+    moe = layer(experts_per_token=1)
+    moe.correction_bias[4] = 10
+    x = torch.randn(2, 9, 8, dtype=torch.float64)
+    torch.testing.assert_close(moe(x), naive(moe, x), rtol=1e-12, atol=1e-12)
+    moe(x).sum().backward()
+    assert moe.load.tolist() == [0, 0, 0, 0, 18, 0]
+    assert [g.abs().max().item() > 0 for g in moe.down_proj.grad] == [False] * 4 + [True, False]
+
+
+def test_both_forms_of_the_grouped_product_agree_with_empty_groups():
+    x = torch.randn(9, 8, requires_grad=True)
+    weight = torch.randn(5, 4, 8, requires_grad=True)
+    count = torch.tensor([0, 4, 0, 5, 0])
+    y = grouped_linear(x, weight, count)
+    wide = grouped_linear(x.double(), weight.double(), count)
+    torch.testing.assert_close(y, wide.float())
+    factor = torch.randn(9, 4)
+    found = torch.autograd.grad((y * factor).sum(), [x, weight])
+    true = torch.autograd.grad((wide * factor).sum(), [x, weight])
+    for a, b in zip(found, true, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_scores_are_fp32_under_autocast_and_outputs_are_not():
+    moe = layer(torch.float32)
+    x = torch.randn(2, 4, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        weight, chosen = moe.route(x.bfloat16().flatten(0, 1))
+        y = moe(x.bfloat16())
+    assert weight.dtype == torch.float32 and y.dtype == torch.bfloat16
+    torch.testing.assert_close(weight.sum(1), torch.full((8,), 2.446))
+    torch.testing.assert_close(y.float(), moe(x), rtol=0.05, atol=0.05)
+
+
+def test_the_bias_selects_and_weighs_nothing():
+    moe = layer(experts_per_token=6)
+    x = torch.randn(1, 4, 8, dtype=torch.float64)
+    before = moe(x)
+    moe.correction_bias += torch.arange(6)
+    torch.testing.assert_close(moe(x), before)
+
+
+def test_load_counts_each_trained_batch_once_also_where_activations_are_recomputed():
+    plain, lean = layer(), layer()
+    for _ in range(3):  # accumulation
+        x = torch.randn(2, 7, 8, dtype=torch.float64, requires_grad=True)
+        plain(x).sum().backward()
+        checkpoint(lean, x, use_reentrant=False).sum().backward()
+    assert plain.load.sum() == 3 * 14 * 2
+    assert torch.equal(plain.load, lean.load)
+    with torch.no_grad():
+        plain(x)
+    plain.eval()(x).sum().backward()
+    assert torch.equal(plain.load, lean.load)
+
+
+def test_the_bias_moves_towards_equal_load_and_keeps_mean_zero():
+    moe = layer()
+    moe.correction_bias.zero_()
+    moe.load += torch.tensor([4, 1, 1, 1, 1, 4])
+    moe.update_bias(0.3)
+    assert moe.correction_bias.tolist() == pytest.approx([-0.4, 0.2, 0.2, 0.2, 0.2, -0.4])
+    assert moe.load.sum() == 0
+    moe.load += 5
+    moe.update_bias(0.3)
+    assert moe.correction_bias.tolist() == pytest.approx([-0.4, 0.2, 0.2, 0.2, 0.2, -0.4])
+
+
+def test_balancing_spreads_a_lopsided_load():
+    moe = layer(torch.float32, num_experts=8)
+    moe.correction_bias.zero_()
+    x = torch.randn(1, 256, 8) + torch.randn(8)
+    loads = []
+    for _ in range(150):
+        moe(x).sum().backward()
+        loads.append(moe.load.max().item() / 64)
+        moe.update_bias(0.01)
+    assert loads[0] > 2 and loads[-1] < 1.3
+
+
+def test_bias_is_saved_and_load_is_not():
+    names = layer().state_dict().keys()
+    assert "correction_bias" in names and "load" not in names
+
+
+def test_initial_values_cover_the_experts_with_the_scale_of_their_role():
+    moe = layer(torch.float32, hidden_size=64, num_experts=16)
+    draw = lambda: moe.initial_values({"value": 1.0, "output": 0.1}.get, torch.Generator().manual_seed(3), "cpu")  # noqa: E731
+    values = dict(draw())
+    assert values.keys() == {name for name, p in moe.named_parameters() if p.dim() == 3}
+    assert {name: v.std().item() for name, v in values.items()} == pytest.approx(
+        {"gate_proj": 1, "up_proj": 1, "down_proj": 0.1}, rel=0.05
+    )
+    assert all(torch.equal(value, values[name]) for name, value in draw())
+    assert all(value.shape == getattr(moe, name).shape for name, value in values.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"experts_per_token": 7}, "experts_per_token must be at most num_experts; it is 7, and there are 6 experts"),
+        ({"num_experts": 0}, "num_experts must be a positive whole number; it is 0"),
+        ({"intermediate_size": 1.5}, "intermediate_size must be a positive whole number; it is 1.5"),
+        ({"num_shared_experts": -1}, "num_shared_experts must be a whole number, zero or more; it is -1"),
+        ({"scaling": 0.0}, "scaling must be a positive number; it is 0.0"),
+    ],
+)
+def test_sizes_out_of_range_are_refused_in_one_sentence(changes, sentence):
+    with pytest.raises(UsageError) as error:
+        layer(**changes)
+    assert str(error.value) == sentence
