@@ -11,7 +11,8 @@ import torch
 from attnres import residual
 from attnres.commands.compare import table
 from attnres.errors import Failure, UsageError
-from attnres.lab.compare import CompareConfig, _write_json, summarise
+from attnres.lab.compare import CompareConfig, summarise
+from attnres.lab.grid import write_json
 from attnres.model import Decoder, DecoderConfig
 from attnres.model.decoder import initial_std
 from attnres.train.config import TrainConfig
@@ -258,5 +259,5 @@ def test_the_shape_is_shared_and_the_rest_is_not(tmp_path):
 def test_results_are_whole_or_absent(tmp_path):
     (tmp_path / "results.json.tmp").symlink_to("/dev/full")
     with pytest.raises(Failure, match=r"cannot write .*results.json: No space left on device; free some space"):
-        _write_json(tmp_path / "results.json", {"a": 1})
+        write_json(tmp_path / "results.json", {"a": 1})
     assert list(tmp_path.iterdir()) == []

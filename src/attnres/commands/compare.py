@@ -56,7 +56,7 @@ def run(argv: Sequence[str]) -> int:
     names = tuple(name.strip() for name in given.residuals.split(","))
     config = CompareConfig(
         residuals=names,
-        seeds=_seeds(given.seeds),
+        seeds=seeds_of(given.seeds),
         train=flags.train_config(given, given.model, names[0], {}),
         residual_options=_options(names, flags.chosen_options(given.residual)),
     )
@@ -96,7 +96,7 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _seeds(text: str) -> tuple[int, ...]:
+def seeds_of(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:

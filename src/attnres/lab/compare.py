@@ -3,43 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import json
-import multiprocessing
-import os
-import platform
-import signal
-import subprocess
-import sys
-import threading
-import traceback
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 from typing import Any
-
-import torch
 
 from .. import residual as residuals
 from ..analysis.figures import write_figures
-from ..analysis.probe import probe
 from ..analysis.report import write_report
 from ..analysis.style import apply_style
-from ..errors import Failure, UsageError
+from ..errors import UsageError
 from ..model import DecoderConfig, DecoderShape
-from ..train import hardware
-from ..train.checkpoint import check_compatible
 from ..train.config import TrainConfig
-from ..train.data import load_corpus, validation_batches
-from ..train.journal import read_metrics
-from ..train.run_folder import read_config
-from ..train.stopping import starting_deaf_processes
-from ..train.trainer import train
-from ..version import __version__
-
-PROBE_BATCHES = 4
+from ..train.data import load_corpus
+from .grid import Cell, provenance, run_grid, write_json
 
 
 @dataclass
@@ -97,18 +74,9 @@ def compare(config: CompareConfig, command: str = "") -> dict[str, Any]:
     )
     config = dataclasses.replace(config, train=config.train.with_vocabulary(corpus.tokenizer.vocab_size))
     runs = config.runs()
-    _check_resumable(runs)
-    finished = [_finished_run(run, f"[{i}/{len(runs)}]") for i, run in enumerate(runs, 1)]
-    device = hardware.find_device(config.train.device)
+    finished = run_grid([Cell(f"{run.model.residual}, seed {run.seed}", run) for run in runs])
     results = {
-        "command": command,
-        "version": __version__,
-        "commit": _commit(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": hardware.describe(device),
-        "dtype": str(hardware.find_precision(config.train.precision, device)).removeprefix("torch."),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **provenance(config.train, command),
         "corpus": {
             "name": corpus.name,
             "train_tokens": len(corpus.train),
@@ -120,7 +88,7 @@ def compare(config: CompareConfig, command: str = "") -> dict[str, Any]:
         "runs": finished,
         "summary": summarise(finished, config.residuals),
     }
-    _write_json(out / "results.json", results)
+    write_json(out / "results.json", results)
     write_figures(results, out / "figures")
     write_report(results, out)
     return results
@@ -151,118 +119,3 @@ def summarise(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> list[dict
             }
         )
     return rows
-
-
-def _check_resumable(runs: Sequence[TrainConfig]) -> None:
-    for run in runs:
-        if (run.out / "config.json").exists():
-            try:
-                check_compatible(read_config(run.out).curve(), run.curve())
-            except UsageError as error:
-                raise UsageError(f"out holds another comparison, choose another --out: in {run.out} {error}") from error
-
-
-def _finished_run(config: TrainConfig, label: str) -> dict[str, Any]:
-    """The result of a run, made in a fresh process, so that its peak memory and speed are its own."""
-    file = config.out / "result.json"
-    if file.exists():
-        return json.loads(file.read_text())
-    print(f"{label} {config.model.residual}, seed {config.seed}", file=sys.stderr, flush=True)
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send_result, args=(config, sender))
-    with starting_deaf_processes(signal.SIGINT):  # on Ctrl-C this process tells it to stop
-        # threads that spin at barriers crawl as soon as another program wants a core
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        process.start()
-    sender.close()
-    try:
-        answer = receiver.recv()
-        process.join()
-    except EOFError:
-        process.join()
-        answer = Failure(f"the run in {config.out} ended with exit code {process.exitcode}; call again to continue")
-    except BaseException:
-        process.terminate()  # it saves a checkpoint and ends
-        try:
-            process.join()
-        finally:
-            process.kill()  # a second Ctrl-C does not wait for that
-        print(f"stopped in {config.out}; call again to continue", file=sys.stderr)
-        raise
-    if isinstance(answer, Exception):
-        raise answer
-    _write_json(file, answer)
-    return answer
-
-
-def _send_result(config: TrainConfig, sender: Any) -> None:
-    threading.Thread(target=_follow_parent, daemon=True).start()
-    try:
-        answer: Any = _train_and_probe(config)
-    except Exception as error:
-        error.add_note(traceback.format_exc())
-        answer = error
-    with suppress(BrokenPipeError):  # nobody is left to hear it
-        sender.send(answer)
-
-
-def _follow_parent() -> None:
-    """Ends this process, checkpoint and all, when the comparison that started it is gone."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _train_and_probe(config: TrainConfig) -> dict[str, Any]:
-    outcome = train(config, resume=(config.out / "config.json").exists())
-    if not outcome.finished:
-        raise Failure(f"the run in {config.out} was stopped at step {outcome.step}; call again to continue")
-    device = hardware.find_device(config.device)
-    with hardware.autocast(device, hardware.find_precision(config.precision, device)):
-        inside = probe(outcome.model, _probe_batches(config))
-    records = read_metrics(config.out)
-    return {
-        "residual": config.model.residual,
-        "seed": config.seed,
-        "parameters": config.model.parameter_counts()["total"],
-        "tokens": outcome.tokens,
-        "val_loss": outcome.val_loss,
-        "tokens_per_second": median(r["tokens_per_second"] for r in records if "tokens_per_second" in r),
-        "peak_memory_bytes": outcome.peak_memory_bytes,
-        "curve": _columns(records, "loss"),
-        "val_curve": _columns(records, "val_loss"),
-        **inside,
-    }
-
-
-def _probe_batches(config: TrainConfig) -> Any:
-    corpus = load_corpus(config.data, config.tokenizer, config.cache_dir, text_column=config.text_column)
-    tokens = PROBE_BATCHES * config.batch_size * config.context
-    return validation_batches(corpus.validation, config.batch_size, config.context, tokens)
-
-
-def _columns(records: list[dict[str, Any]], value: str) -> dict[str, list[Any]]:
-    rows = [record for record in records if value in record]
-    return {name: [row[name] for row in rows] for name in ("step", "tokens", value)}
-
-
-def _write_json(path: Path, value: Any) -> None:
-    scratch = path.with_name(path.name + ".tmp")
-    try:
-        scratch.write_text(json.dumps(value, indent=1) + "\n")
-        os.replace(scratch, path)
-    except OSError as error:
-        with suppress(OSError):
-            scratch.unlink(missing_ok=True)
-        raise Failure(f"cannot write {path}: {error.strerror}; free some space and call again") from error
-
-
-def _commit() -> str | None:
-    folder = Path(__file__).parent
-    try:
-        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True)
-    except OSError:
-        return None
-    return git.stdout.strip() or None

@@ -1,0 +1,199 @@
+"""Runs as data: a grid of trainings, each in a process of its own, side by side, and continued where it stopped."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import Failure, UsageError
+from ..train import hardware
+from ..train.checkpoint import check_compatible
+from ..train.config import TrainConfig
+from ..train.run_folder import read_config
+from ..train.stopping import starting_deaf_processes
+from ..version import __version__
+from .worker import send_result
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a grid: what it is called in messages, and the training, whose `out` is its own."""
+
+    name: str
+    config: TrainConfig
+
+
+def run_grid(
+    cells: Sequence[Cell], *, jobs: int = 1, minutes: float | None = None, keep_checkpoints: bool = True
+) -> list[dict[str, Any]]:
+    """The results of all cells, in their order: result.json of each, what `worker.train_and_probe` returns.
+
+    A cell that is finished is not repeated, one that was cut off goes on from its checkpoint: calling again after a
+    kill continues the grid.
+
+    Args:
+        jobs: runs at the same time, which share the cores of a CPU. With more than one, each run's own progress goes
+            to log.txt in its folder.
+        minutes: stop after so many, with what is running saved.
+        keep_checkpoints: keep the weights of finished runs.
+
+    Raises UsageError if a folder holds another run, Failure where a run fails (with several jobs the others are finished
+    first) or time is up.
+    """
+    _check_resumable(cells)
+    results: dict[int, dict[str, Any]] = {}
+    for i, cell in enumerate(cells):
+        if (file := cell.config.out / "result.json").exists():
+            results[i] = json.loads(file.read_text())
+    grid = _Grid(cells, jobs, results, keep_checkpoints)
+    try:
+        grid.run(None if minutes is None else time.monotonic() + 60 * minutes)
+    except BaseException:
+        grid.stop()
+        raise
+    return [results[i] for i in range(len(cells))]
+
+
+class _Grid:
+    """The processes of a grid that are running."""
+
+    def __init__(
+        self, cells: Sequence[Cell], jobs: int, results: dict[int, dict[str, Any]], keep_checkpoints: bool
+    ) -> None:
+        self.cells, self.jobs, self.results, self.keep_checkpoints = cells, jobs, results, keep_checkpoints
+        self.running: dict[Any, tuple[int, Any, float]] = {}
+        self.failures: list[Exception] = []
+        self.waiting = [i for i in range(len(cells)) if i not in results]
+        self.seconds: list[float] = []
+
+    def run(self, deadline: float | None) -> None:
+        while self.waiting or self.running:
+            while self.waiting and len(self.running) < self.jobs:
+                self._start(self.waiting.pop(0))
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            ready = wait(list(self.running), left)
+            for receiver in ready:
+                self._take(receiver)
+            if not ready and deadline is not None:
+                self.stop()
+                raise Failure(f"time is up with {len(self.results)} of {len(self.cells)} runs finished; call again")
+        if self.failures:
+            raise self.failures[0]
+
+    def stop(self) -> None:
+        """Ends what is running; every run saves a checkpoint first."""
+        processes = {self.cells[i].config.out: process for i, process, _ in self.running.values()}
+        for process in processes.values():
+            process.terminate()
+        try:
+            for out, process in processes.items():
+                process.join()
+                print(f"stopped in {out}; call again to continue", file=sys.stderr)
+        finally:
+            for process in processes.values():
+                process.kill()  # a second Ctrl-C does not wait
+
+    def _start(self, i: int) -> None:
+        cell = self.cells[i]
+        print(f"[{i + 1}/{len(self.cells)}] {cell.name}", file=sys.stderr, flush=True)
+        context = multiprocessing.get_context("spawn")
+        receiver, sender = context.Pipe(duplex=False)
+        threads = max(1, len(os.sched_getaffinity(0)) // self.jobs) if self.jobs > 1 else None
+        process = context.Process(target=send_result, args=(cell.config, sender, threads))
+        with starting_deaf_processes(signal.SIGINT):  # on Ctrl-C this process tells it to stop
+            # threads that spin at barriers crawl as soon as another program wants a core
+            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+            process.start()
+        sender.close()
+        self.running[receiver] = (i, process, time.monotonic())
+
+    def _take(self, receiver: Any) -> None:
+        i, process, began = self.running[receiver]
+        cell = self.cells[i]
+        try:
+            answer = receiver.recv()
+        except EOFError:
+            process.join()
+            code = process.exitcode
+            answer = Failure(f"the run in {cell.config.out} ended with exit code {code}; call again to continue")
+        process.join()
+        del self.running[receiver]
+        receiver.close()
+        if isinstance(answer, Exception):
+            if self.jobs == 1:
+                raise answer
+            self.failures.append(answer)
+            if self.waiting or self.running:
+                print(f"{cell.name} failed, the others go on: {answer}", file=sys.stderr, flush=True)
+            return
+        write_json(cell.config.out / "result.json", answer)
+        self.results[i] = answer
+        if not self.keep_checkpoints:
+            shutil.rmtree(cell.config.out / "checkpoints", ignore_errors=True)
+        self.seconds.append(time.monotonic() - began)
+        if self.jobs > 1:
+            left = (len(self.waiting) + len(self.running) / 2) * sum(self.seconds) / len(self.seconds) / self.jobs
+            counts = f"{len(self.results)} of {len(self.cells)} runs finished, about {left / 60:.0f} minutes left"
+            print(f"{counts}: {cell.name}, validation loss {answer['val_loss']:.4f}", file=sys.stderr, flush=True)
+
+
+def provenance(config: TrainConfig, command: str) -> dict[str, Any]:
+    """Where and with what the numbers of a results file were made."""
+    device = hardware.find_device(config.device)
+    return {
+        "command": command,
+        "version": __version__,
+        "commit": _commit(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": hardware.describe(device),
+        "dtype": str(hardware.find_precision(config.precision, device)).removeprefix("torch."),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON, whole or not at all. Raises Failure if it cannot be written."""
+    scratch = path.with_name(path.name + ".tmp")
+    try:
+        scratch.write_text(json.dumps(value, indent=1) + "\n")
+        os.replace(scratch, path)
+    except OSError as error:
+        with suppress(OSError):
+            scratch.unlink(missing_ok=True)
+        raise Failure(f"cannot write {path}: {error.strerror}; free some space and call again") from error
+
+
+def _check_resumable(cells: Sequence[Cell]) -> None:
+    for cell in cells:
+        out = cell.config.out
+        if (out / "config.json").exists():
+            try:
+                check_compatible(read_config(out).curve(), cell.config.curve())
+            except UsageError as error:
+                raise UsageError(f"out holds another comparison, choose another --out: in {out} {error}") from error
+
+
+def _commit() -> str | None:
+    folder = Path(__file__).parent
+    try:
+        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True)
+    except OSError:
+        return None
+    return git.stdout.strip() or None
