@@ -53,7 +53,7 @@ def run_grid(
         minutes: stop after so many, with what is running saved.
         keep_checkpoints: keep the weights of finished runs.
 
-    Raises UsageError if a folder holds another run, Failure where a run fails (with several jobs the others are finished
+    Raises UsageError if a folder holds another run, Failure where a run fails (with several jobs the others end
     first) or time is up.
     """
     _check_resumable(cells)
