@@ -9,6 +9,7 @@ from torch import nn
 
 from attnres.errors import UsageError
 from attnres.model import Decoder, DecoderConfig
+from attnres.model.moe import MixtureOfExperts
 from attnres.residual import build
 from attnres.train.optim import OptimConfig, build_optimizer, learning_rate, parameter_groups
 
@@ -278,3 +279,55 @@ def test_state_from_before_the_first_step_is_loaded():
     optimizer = build_optimizer(model, OptimConfig(optimizer="muon"))
     optimizer.load_state_dict(build_optimizer(model, OptimConfig(optimizer="muon")).state_dict())
     train(model, optimizer, range(1))
+
+
+def mixture() -> MixtureOfExperts:
+    torch.manual_seed(0)
+    return MixtureOfExperts(hidden_size=12, intermediate_size=20, num_experts=4, experts_per_token=2)
+
+
+def test_experts_are_batches_of_matrices_for_muon():
+    routes = routing(mixture(), OptimConfig(optimizer="muon", weight_decay=0.3))
+    assert {name for name, route in routes.items() if route == ("expert_muon", 0.3)} == {
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    }
+    assert routes["router.weight"] == routes["shared_experts.gate_proj.weight"] == ("muon", 0.3)
+    assert routes["norm.weight"] == ("adamw", 0.0)
+
+
+def test_muon_updates_each_expert_as_torch_does_a_matrix_alone():
+    moe = mixture()
+    alone = {
+        (name, e): nn.Parameter(getattr(moe, name)[e].detach().clone())
+        for name in ("gate_proj", "up_proj", "down_proj")
+        for e in range(4)
+    }
+    ours = build_optimizer(moe, OptimConfig(optimizer="muon", lr=0.1, weight_decay=0.5))
+    theirs = torch.optim.Muon(alone.values(), lr=0.1, weight_decay=0.5, adjust_lr_fn="match_rms_adamw")
+    for step in range(3):
+        moe(torch.randn(2, 3, 12)).square().sum().backward()  # an expert may have no token, and a zero gradient
+        moe.down_proj.grad[3] *= 1000  # each matrix has a norm of its own
+        for (name, e), parameter in alone.items():
+            parameter.grad = getattr(moe, name).grad[e].clone()
+        ours.step()
+        theirs.step()
+        ours.zero_grad()
+        for (name, e), parameter in alone.items():
+            torch.testing.assert_close(
+                getattr(moe, name)[e].detach(), parameter.detach(), rtol=0, atol=2e-3 * (step + 1)
+            )
+
+
+def test_state_of_experts_is_saved_by_name():
+    moe = mixture()
+    optimizer = build_optimizer(moe, OptimConfig(optimizer="muon"))
+    moe(torch.randn(2, 3, 12)).sum().backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    assert state["expert_muon"]["gate_proj"]["momentum_buffer"].shape == (4, 20, 12)
+    resumed = build_optimizer(moe, OptimConfig(optimizer="muon"))
+    resumed.load_state_dict(state)
+    found = resumed.state_dict()["expert_muon"]["up_proj"]["momentum_buffer"]
+    assert torch.equal(found, state["expert_muon"]["up_proj"]["momentum_buffer"])

@@ -5,9 +5,9 @@
     y = scaling * sum over chosen e of s_e / (sum of chosen s + 1e-20) * expert_e(x) + shared(x)
 
 Router as in DeepSeek-V3 (arXiv 2412.19437, section 2.1.2) and Kimi Linear (arXiv 2510.26692). Experts are balanced
-without a loss (arXiv 2408.15664): after a step the bias of an overloaded expert falls and that of others rises. No token
-is ever dropped: tokens are sorted by expert, and an expert takes as many as come. Shapes: N tokens, K of E experts,
-R = N K rows, width D, inner width I of one expert.
+without a loss (arXiv 2408.15664): after a step the bias of an overloaded expert falls and that of others rises. No
+token is ever dropped: tokens are sorted by expert, and an expert takes as many as come. Shapes: N tokens, K of E
+experts, R = N K rows, width D, inner width I of one expert.
 """
 
 from __future__ import annotations
@@ -156,8 +156,8 @@ class SwiGLU(nn.Module):
 def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, count_E: Tensor) -> Tensor:
     """Rows [R, I], sorted by expert with count_E of each, times their expert's matrix [O, I]: [R, O].
 
-    One grouped product where torch has one, else a loop over experts, for which the counts go to the host: with
-    torch.compile that is a break in the graph.
+    One grouped product in bfloat16, else a loop over experts, for which the counts go to the host: with torch.compile
+    that is a break in the graph.
     """
     if torch.is_autocast_enabled(x_RI.device.type):
         dtype = torch.get_autocast_dtype(x_RI.device.type)
@@ -169,12 +169,11 @@ def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, count_E: Tensor) -> Tensor:
 
 
 def _can_group(x_RI: Tensor, weight_EOI: Tensor) -> bool:
-    dtypes = (torch.bfloat16,) if x_RI.is_cuda else (torch.bfloat16, torch.float32)
-    if x_RI.dtype not in dtypes or x_RI.shape[0] == 0:
+    if x_RI.dtype != torch.bfloat16 or x_RI.shape[0] == 0:
         return False
     if x_RI.is_cuda and torch.cuda.get_device_capability(x_RI.device) < (8, 0):
         return False
-    return all(size * x_RI.element_size() % 16 == 0 for size in weight_EOI.shape[1:])  # rows begin at 16 bytes
+    return all(size % 8 == 0 for size in weight_EOI.shape[1:])  # rows of 16 bytes
 
 
 class _Counted(torch.autograd.Function):

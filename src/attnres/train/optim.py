@@ -1,6 +1,7 @@
 """AdamW, or Muon for the hidden matrices with AdamW for the rest, and the learning rate over a run.
 
-Muon orthogonalises the update of a matrix, which is meant for weights that map hidden states to hidden states. The
+Muon orthogonalises the update of a matrix, which is meant for weights that map hidden states to hidden states; experts
+are matrices each. The
 embedding, the output head, everything that is not a linear layer's matrix and all that a residual mechanism owns stay
 with AdamW. The update is scaled by 0.2 sqrt(max(rows, columns)), so that its RMS is that of AdamW and both can
 share one learning rate (Moonlight, arXiv 2502.16982, section 2.2).
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..model.moe import MixtureOfExperts
 from ..residual.base import Residual
+from .expert_muon import ExpertMuon
 
 OptimizerName = Literal["adamw", "muon"]
 ScheduleName = Literal["cosine", "wsd", "constant"]
@@ -113,21 +116,24 @@ def parameter_groups(model: nn.Module | Sequence[nn.Module], config: OptimConfig
     Several modules are parts of one model, with names that differ.
 
     A group is what torch.optim takes, with `params` as (name, parameter) pairs, and says in `optimizer` whose it is
-    ("adamw" or "muon"). Frozen parameters are left out; a tied embedding counts as an embedding. Raises UsageError if
-    none is left.
+    ("adamw", "muon", or "expert_muon" for batches of matrices). Frozen parameters are left out; a tied embedding counts
+    as an embedding. Raises UsageError if none is left.
     """
     parts = [model] if isinstance(model, nn.Module) else model
     hidden, decayed = (set().union(*sets) for sets in zip(*map(_matrices, parts), strict=True))
     members: dict[tuple[str, float, object], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in (pair for part in parts for pair in part.named_parameters()):
         if parameter.requires_grad:
-            owner = "muon" if config.optimizer == "muon" and parameter in hidden else "adamw"
+            owner = "adamw"
+            if config.optimizer == "muon" and parameter in hidden:
+                owner = "muon" if parameter.dim() == 2 else "expert_muon"
             decay = config.weight_decay if parameter in decayed else 0.0
             mesh = getattr(parameter, "device_mesh", None)  # an optimizer updates a group in one operation on one mesh
             members.setdefault((owner, decay, mesh), []).append((name, parameter))
     if not members:
         raise UsageError("model has no trainable parameters; set requires_grad on those that should learn")
-    rates = {"adamw": config.lr, "muon": config.lr if config.muon_lr is None else config.muon_lr}
+    muon_lr = config.lr if config.muon_lr is None else config.muon_lr
+    rates = {"adamw": config.lr, "muon": muon_lr, "expert_muon": muon_lr}
     return [
         {"optimizer": owner, "params": params, "lr": rates[owner], "initial_lr": rates[owner], "weight_decay": decay}
         for (owner, decay, _), params in members.items()
@@ -135,7 +141,7 @@ def parameter_groups(model: nn.Module | Sequence[nn.Module], config: OptimConfig
 
 
 def _matrices(model: nn.Module) -> tuple[set[nn.Parameter], set[nn.Parameter]]:
-    """The matrices of hidden linear layers; and those with the embeddings and the head, which is all that decays."""
+    """The hidden layers' matrices, experts included; and these with embeddings and head, which is all that decays."""
     linear: set[nn.Parameter] = set()
     ends: set[nn.Parameter] = set()
     residual: set[nn.Parameter] = set()
@@ -147,21 +153,23 @@ def _matrices(model: nn.Module) -> tuple[set[nn.Parameter], set[nn.Parameter]]:
             ends.update(matrices)
         elif isinstance(module, nn.Linear):
             linear.update(matrices)
+        elif isinstance(module, MixtureOfExperts):
+            linear.update(parameter for parameter in module.parameters(recurse=False) if parameter.dim() == 3)
     # a matrix of one row or column is a vector: orthogonalising it would only normalise it
-    hidden = {matrix for matrix in linear - ends - residual if min(matrix.shape) > 1}
+    hidden = {matrix for matrix in linear - ends - residual if min(matrix.shape[-2:]) > 1}
     return hidden, (linear | ends) - residual
 
 
 class Optimizers:
     """AdamW, and Muon where asked for, behind the interface of one optimizer.
 
-    `by_name` holds the torch optimizers: "adamw", "muon" or both.
+    `by_name` holds those of "adamw", "muon" and "expert_muon" that have parameters.
     """
 
     def __init__(self, groups: list[dict[str, Any]], config: OptimConfig) -> None:
         self.config = config
         self.by_name: dict[str, torch.optim.Optimizer] = {}
-        for name, build in (("adamw", _adamw), ("muon", _muon)):
+        for name, build in (("adamw", _adamw), ("muon", _muon), ("expert_muon", _expert_muon)):
             if own := [group for group in groups if group["optimizer"] == name]:
                 self.by_name[name] = build(own, config)
 
@@ -243,6 +251,10 @@ def _adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Opt
 
 def _muon(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
     return torch.optim.Muon(groups, lr=config.lr, adjust_lr_fn="match_rms_adamw")
+
+
+def _expert_muon(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+    return ExpertMuon(groups, lr=config.lr)
 
 
 def _require(config: OptimConfig, name: str, valid: Callable[[Any], bool], expected: str) -> None:

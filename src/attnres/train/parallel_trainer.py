@@ -26,6 +26,7 @@ from ..parallel import gradients, mesh, shard, tensor
 from ..parallel.build import build_parts
 from ..parallel.pipeline import Layout, Pipeline
 from . import checkpoint, hardware, run_folder, sharded
+from .balance import balance_experts
 from .batches import Batches
 from .config import TrainConfig
 from .data import Corpus, load_corpus
@@ -99,6 +100,7 @@ class ParallelTrainer(Trainer):
         self.step = 0
         self.saved_at: Path | None = None
         self.earlier_peak_memory = 0
+        self.expert_loads = {}
         self.sent: Counter[str] = Counter()
         self.sent_tokens = 0
         self._batches()
@@ -134,14 +136,15 @@ class ParallelTrainer(Trainer):
 
     def _further_metrics(self) -> dict[str, float]:
         if self.pipeline is None:
-            return {}
+            return self.expert_loads
         totals = [_over_all(float(self.sent[direction]), self.device) for direction in ("forward", "backward")]
         hops = self.config.parallel.chunks - 1
         tokens = self.sent_tokens * self.replicas * hops
         self.sent.clear()
         self.sent_tokens = 0
         names = ("forward_bytes_per_token_and_hop", "backward_bytes_per_token_and_hop")
-        return {name: total / tokens for name, total in zip(names, totals, strict=True)}
+        traffic = {name: total / tokens for name, total in zip(names, totals, strict=True)}
+        return {**self.expert_loads, **traffic}
 
     def _batches(self) -> Batches:
         config = self.config
@@ -181,6 +184,8 @@ class ParallelTrainer(Trainer):
         rate = self.optimizer.set_learning_rate(self.step, self.config.steps)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        groups = {name: self.mesh.get_group(name) for name in ("pp", "dp", "shard")}
+        self.expert_loads = balance_experts(self.parts, [groups["dp"], groups["shard"]], [groups["pp"]])
         return loss, norm, rate
 
     def _backward(self, inputs: Tensor, targets: Tensor, is_last: bool) -> float:

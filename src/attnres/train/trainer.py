@@ -18,6 +18,7 @@ from ..errors import Failure, UsageError
 from ..model import Decoder
 from ..parallel.mesh import launched_processes
 from . import checkpoint, hardware, run_folder
+from .balance import balance_experts
 from .config import TrainConfig
 from .data import Batches, Corpus, load_corpus, validation_batches
 from .diagnose import first_non_finite, first_non_finite_gradient, non_finite_weight
@@ -88,6 +89,7 @@ class Trainer:
         self.step = 0
         self.saved_at: Path | None = None
         self.earlier_peak_memory = 0
+        self.expert_loads: dict[str, float] = {}
         self._batches()  # this and the next two refuse what does not fit
         self._validation()
         self.optimizer.set_learning_rate(0, config.steps)
@@ -190,7 +192,7 @@ class Trainer:
         return bool(received)
 
     def _further_metrics(self) -> dict[str, float]:
-        return {}
+        return self.expert_loads
 
     def _batches(self) -> Batches:
         config = self.config
@@ -225,6 +227,7 @@ class Trainer:
         rate = self.optimizer.set_learning_rate(self.step, self.config.steps)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.expert_loads = balance_experts([self.model])
         return total, grad_norm, rate
 
     def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
