@@ -148,3 +148,11 @@ def test_plugged_reads_are_the_rivals(benchmarks: Path) -> None:
         state = plugged.write(state, layer, x.sin())
     plugged.finish(state, norm)
     assert counts == [2, 2, 3, 3, 4]  # the first layer sees the embedding alone
+
+
+def test_moe(benchmarks: Path, tmp_path: Path) -> None:
+    document, page = run(benchmarks / "moe.py", tmp_path)
+    assert [row["dtype"] for row in document["rows"]] == ["float32", "bfloat16"]
+    for row in document["rows"]:
+        assert row["ratio"] == row["experts"]["median"] / row["dense"]["median"] > 0
+    assert "8 experts, d=16, 32 tokens" in page

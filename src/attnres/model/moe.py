@@ -156,8 +156,7 @@ class SwiGLU(nn.Module):
 def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, count_E: Tensor) -> Tensor:
     """Rows [R, I], sorted by expert with count_E of each, times their expert's matrix [O, I]: [R, O].
 
-    One grouped product in bfloat16, else a loop over experts, for which the counts go to the host: with torch.compile
-    that is a break in the graph.
+    One grouped product in bfloat16, else a loop over experts, for which the counts go to the host.
     """
     if torch.is_autocast_enabled(x_RI.device.type):
         dtype = torch.get_autocast_dtype(x_RI.device.type)
