@@ -99,9 +99,12 @@ class MixtureOfExperts(nn.Module):
 
     def run_experts(self, x_RD: Tensor, count_E: Tensor) -> Tensor:
         """Outputs [R, D] for inputs [R, D] sorted by expert, count_E of each."""
-        gate_RI = grouped_linear(x_RD, self.gate_proj, count_E)
-        up_RI = grouped_linear(x_RD, self.up_proj, count_E)
-        return grouped_linear(F.silu(gate_RI) * up_RI, self.down_proj, count_E)
+        weights = (self.gate_proj, self.up_proj, self.down_proj)
+        if torch.is_autocast_enabled(x_RD.device.type):
+            dtype = torch.get_autocast_dtype(x_RD.device.type)
+            x_RD, weights = x_RD.to(dtype), tuple(weight.to(dtype) for weight in weights)  # type: ignore[assignment]
+        run = grouped_experts if _can_group(x_RD, self.gate_proj) else looped_experts
+        return run(x_RD, *weights, count_E)
 
     @torch.no_grad()
     def update_bias(self, rate: float = 1e-3) -> None:
@@ -153,18 +156,20 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, count_E: Tensor) -> Tensor:
-    """Rows [R, I], sorted by expert with count_E of each, times their expert's matrix [O, I]: [R, O].
+def looped_experts(x_RD: Tensor, gate_EID: Tensor, up_EID: Tensor, down_EDI: Tensor, count_E: Tensor) -> Tensor:
+    """Outputs [R, D] of experts for rows [R, D] sorted by expert, count_E of each, one expert after the other.
 
-    One grouped product in bfloat16, else a loop over experts, for which the counts go to the host.
+    The counts go to the host.
     """
-    if torch.is_autocast_enabled(x_RI.device.type):
-        dtype = torch.get_autocast_dtype(x_RI.device.type)
-        x_RI, weight_EOI = x_RI.to(dtype), weight_EOI.to(dtype)
-    if _can_group(x_RI, weight_EOI):
-        return F.grouped_mm(x_RI, weight_EOI.transpose(1, 2), offs=count_E.cumsum(0).to(torch.int32))
-    parts = zip(x_RI.split(count_E.tolist()), weight_EOI.unbind(), strict=True)
-    return torch.cat([F.linear(rows, weight) for rows, weight in parts])
+    experts = zip(x_RD.split(count_E.tolist()), gate_EID.unbind(), up_EID.unbind(), down_EDI.unbind(), strict=True)
+    return torch.cat([F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down) for x, gate, up, down in experts])
+
+
+def grouped_experts(x_RD: Tensor, gate_EID: Tensor, up_EID: Tensor, down_EDI: Tensor, count_E: Tensor) -> Tensor:
+    """The same with one matrix product for all experts; bfloat16 only. The counts stay on the device."""
+    end_E = count_E.cumsum(0).to(torch.int32)
+    gate_RI, up_RI = (F.grouped_mm(x_RD, weight.transpose(1, 2), offs=end_E) for weight in (gate_EID, up_EID))
+    return F.grouped_mm(F.silu(gate_RI) * up_RI, down_EDI.transpose(1, 2), offs=end_E)
 
 
 def _can_group(x_RI: Tensor, weight_EOI: Tensor) -> bool:
