@@ -19,6 +19,7 @@ COMMANDS = {
     "train": ("attnres.commands.train", "train one model, or resume it"),
     "plan": ("attnres.commands.plan", "say what a run on many processes would take: memory, traffic, time"),
     "generate": ("attnres.commands.generate", "continue a text with a trained model"),
+    "inspect": ("attnres.commands.inspect", "see where the layers of a trained model listen, and what it is worth"),
     "convert": ("attnres.commands.convert", "turn a pretrained Hugging Face model into an AttnRes model"),
     "lab": ("attnres.commands.lab", "repeat the paper's experiments: ablation"),
     "eval": ("attnres.commands.eval", "measure perplexity on a file, or tasks of lm-eval"),

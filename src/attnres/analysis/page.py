@@ -1,4 +1,4 @@
-"""The frame of the HTML report: style sheet, script and a content policy that forbids every request.
+"""The frame of HTML pages and the look of the report: style sheet, script and a content policy that forbids every request.
 
 Nothing is fetched: the policy allows inline styles and the one script below, known by its hash, and nothing else.
 """
@@ -135,7 +135,15 @@ def page(title: str, body: str, named: dict[str, Look], heat: tuple[list[str], l
     colours = {"paper": PAPER, "ink": INK, "soft": SOFT, "rule": RULE}
     css = _CSS % {**colours, "light": "\n  ".join(light), "dark": "\n  ".join(dark)}
     css += "".join(f".h{i} {{ background-color: var(--h{i}) }}\n" for i in range(len(heat[0])))
-    digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
+    return document(title, f"<main>\n{body}\n</main>", css, _SCRIPT)
+
+
+def document(title: str, body: str, css: str, script: str) -> str:
+    """A complete HTML document with one style sheet and one script, whose policy forbids every request.
+
+    title: plain text; body: HTML.
+    """
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'"
     return f"""<!doctype html>
 <html lang="en">
@@ -147,10 +155,8 @@ def page(title: str, body: str, named: dict[str, Look], heat: tuple[list[str], l
 <style>{css}</style>
 </head>
 <body>
-<main>
 {body}
-</main>
-<script>{_SCRIPT}</script>
+<script>{script}</script>
 </body>
 </html>
 """

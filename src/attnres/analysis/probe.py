@@ -26,7 +26,7 @@ def probe(model: Decoder, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str,
     device = model.embed_tokens.weight.device
     seen: list[list[Tensor]] = []
     tokens: list[int] = []
-    with _layer_by_layer(model.residual):
+    with layer_by_layer(model.residual):
         for inputs, targets in batches:
             seen.append(_watch(model, inputs.to(device), targets.to(device)))
             tokens.append(targets.numel())
@@ -74,7 +74,7 @@ def _mean_squares(tensors: Sequence[Tensor]) -> Tensor:
 
 
 @contextmanager
-def _layer_by_layer(residual: Residual) -> Iterator[None]:
+def layer_by_layer(residual: Residual) -> Iterator[None]:
     """States within hold each output as one tensor that later reads really use, and so has a gradient."""
     settings = {"lean": True} | ({"schedule": "layerwise"} if isinstance(residual, DepthAttention) else {})
     before = {name: getattr(residual, name) for name in settings}

@@ -12,10 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -95,6 +96,12 @@ class Tokenizer(ABC):
     def to_json(self) -> str:
         """Content of the `tokenizer.json` that defines this tokenizer."""
 
+    def spell(self, token: int) -> str:
+        """What one token stands for, to be shown: its text, or \\xNN for each byte that is part of a character."""
+        if token == self.end_of_document:
+            return self.end_name
+        return self.decode([token])
+
     def encode_batch(self, texts: Sequence[bytes | str]) -> list[np.ndarray]:
         """`encode` of each text, on all cores where the tokenizer can."""
         return [self.encode(text) for text in texts]
@@ -126,12 +133,11 @@ class ByteTokenizer(Tokenizer):
         wanted = _int_array(ids)
         return wanted[(wanted >= 0) & (wanted < 256)].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
+    def spell(self, token: int) -> str:
+        return f"\\x{token:02x}" if 128 <= token < 256 else super().spell(token)
+
     def to_json(self) -> str:
-        # Byte-level vocabularies spell each byte as one visible character, a convention of GPT-2: printable Latin-1
-        # stands for itself, the other bytes take the code points from 256 on, in order.
-        visible = {*range(33, 127), *range(161, 173), *range(174, 256)}
-        hidden = [byte for byte in range(256) if byte not in visible]
-        spelling = {chr(byte if byte in visible else 256 + hidden.index(byte)): byte for byte in range(256)}
+        spelling = _byte_spelling()
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
         fields = {
@@ -178,8 +184,30 @@ class LibraryTokenizer(Tokenizer):
         known = wanted[(wanted >= 0) & (wanted < self.vocab_size) & (wanted != self.end_of_document)]
         return self._backend.decode(known.tolist(), skip_special_tokens=False)
 
+    def spell(self, token: int) -> str:
+        name = self._backend.id_to_token(token)
+        if name is None or token in self._backend.get_added_tokens_decoder():
+            return name or ""
+        text = self.decode([token])
+        if "\ufffd" in text and all(character in _byte_spelling() for character in name):
+            raw = bytes(_byte_spelling()[character] for character in name)
+            return raw.decode("utf-8", errors="backslashreplace")
+        if re.fullmatch("<0x[0-9A-F]{2}>", name):  # SentencePiece's spelling of a byte
+            byte = int(name[3:5], 16)
+            return chr(byte) if byte < 128 else f"\\x{byte:02x}"
+        return name.replace("\u2581", " ") if "\u2581" in name else text  # decoding drops the first word's space
+
     def to_json(self) -> str:
         return self._backend.to_str()
+
+
+@cache
+def _byte_spelling() -> dict[str, int]:
+    # Byte-level vocabularies spell each byte as one visible character, a convention of GPT-2: printable Latin-1 stands
+    # for itself, the other bytes take the code points from 256 on, in order.
+    visible = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte if byte in visible else 256 + hidden.index(byte)): byte for byte in range(256)}
 
 
 def _from_file(path: Path) -> Tokenizer:

@@ -1,0 +1,114 @@
+"""Opening what `attnres inspect` is given: a model folder, its tokenizer, a text; refused before the work starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import nn
+
+from .. import residual as residuals
+from ..errors import UsageError
+from ..residual import DepthAttention
+from ..train.hardware import find_device
+from ..train.tokenizer import Tokenizer, load_tokenizer
+
+
+class Opened(NamedTuple):
+    """model in evaluation mode on its device; residual: the name of its mechanism; context: the longest it is meant
+    for, in tokens; start: the token id in front of a text, None where the model has none."""
+
+    model: nn.Module
+    residual: str
+    context: int
+    tokenizer: Tokenizer
+    start: int | None
+
+
+def read_input(text: str | None, data: Path | None) -> tuple[str, str]:
+    """(the text, what to call it) of --text or --data. Raises UsageError unless there is one text that is not empty."""
+    if (text is None) == (data is None):
+        raise UsageError("give either --text TEXT or --data FILE, which the model is to read")
+    if data is None:
+        name, found = "--text", text or ""
+    else:
+        name = str(data)
+        try:
+            found = data.read_bytes().decode("utf-8", errors="replace")
+        except OSError as error:
+            raise UsageError(f"--data {data} cannot be read: {error.strerror or error}; give a text file") from error
+    if not found.strip():
+        raise UsageError(f"{name} is empty; give a text of a few words or more")
+    return found, name
+
+
+def check_folder(folder: Path) -> dict[str, Any]:
+    """The settings in a model folder. Raises UsageError where there are none, or no depth attention in them."""
+    try:
+        values = json.loads((folder / "config.json").read_bytes())
+    except OSError as error:
+        raise UsageError(
+            f"{folder} is no model: its config.json cannot be read ({error.strerror}); give the --out of attnres train "
+            "or a folder that save_pretrained wrote"
+        ) from error
+    except ValueError as error:
+        raise UsageError(f"{folder} is no model: its config.json is not JSON; give another folder") from error
+    kind = values.get("model_type") if isinstance(values, dict) else None
+    name = (values.get("model") or {}).get("residual") if kind is None else values.get("residual")
+    if not isinstance(name, str):
+        what = f"a {kind!r} model" if kind else "no model with a residual connection by name"
+        raise UsageError(f"{folder} holds {what}, without depth attention to look at; convert it with attnres convert")
+    if not issubclass(residuals.get(name), DepthAttention):
+        able = ", ".join(known for known in residuals.names() if issubclass(residuals.get(known), DepthAttention))
+        raise UsageError(f"{folder} has the residual {name}, without depth attention to look at; give one with {able}")
+    return values
+
+
+def open_model(folder: Path, tokenizer: str | None = None, device: str = "auto") -> Opened:
+    """Opens the output of `attnres train`, or a folder that `save_pretrained` of a native or converted model wrote.
+
+    Weights of transformers models are loaded in single precision: in half precision rounding would drown small changes
+    of the loss. Raises UsageError for what is none of these.
+    """
+    values = check_folder(folder)
+    where = find_device(device)
+    if tokenizer is None and not (folder / "tokenizer.json").is_file():
+        raise UsageError(f"{folder} holds no tokenizer.json; save its tokenizer there, or give --tokenizer")
+    spelling = load_tokenizer(tokenizer or str(folder), None, folder)
+    if "model_type" in values:
+        from ..hf.convert import load
+
+        loaded = load(folder, dtype="float32").to(where).eval()
+        config, name = loaded.config, values["residual"]
+        start = config.bos_token_id if isinstance(config.bos_token_id, int) else config.eos_token_id
+        start = start if isinstance(start, int) else None
+        return Opened(loaded, name, getattr(config, "max_position_embeddings", None) or 2048, spelling, start)
+    from ..train.run_folder import load_run
+
+    model, run = load_run(folder, device)
+    end = spelling.end_of_document
+    start = end if end < run.model.vocab_size else None
+    return Opened(model, run.model.residual, run.model.max_position_embeddings, spelling, start)
+
+
+def encode(opened: Opened, text: str, name: str, limit: int, cut: bool) -> np.ndarray:
+    """Token ids [T] of a text behind the start token, at most `limit` of the text and all that the model reads at once.
+
+    cut: take the first tokens of a longer text instead of refusing it. Raises UsageError for a text that is too long,
+    too short, or of tokens that the model does not have.
+    """
+    begin = [] if opened.start is None else [opened.start]
+    most = min(limit, opened.context - len(begin))
+    ids = opened.tokenizer.encode(text[: 64 * most] if cut else text).astype(np.int64)
+    if len(ids) > most and not cut:
+        mend = "raise --tokens" if limit < opened.context - len(begin) else "the model reads no more at once"
+        raise UsageError(f"{name} has {len(ids)} tokens and at most {most} are read: shorten it, or {mend}")
+    ids = np.concatenate([np.array(begin, np.int64), ids[:most]])
+    size = getattr(opened.model, "config").vocab_size  # noqa: B009
+    if len(ids) < 2:
+        raise UsageError(f"{name} has {len(ids)} tokens, and a loss needs two; give a longer text")
+    if ids.max() >= size:
+        raise UsageError(f"the tokenizer has token {ids.max()} and the model {size} tokens; give its own --tokenizer")
+    return ids
