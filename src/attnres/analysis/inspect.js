@@ -42,7 +42,7 @@ function el(tag, attributes = {}, ...children) {
     else if (value === true) node.setAttribute(name, "");
     else if (value !== false && value !== null && value !== undefined) node.setAttribute(name, value);
   }
-  node.append(...children.filter(child => child !== null && child !== undefined));
+  node.append(...children.filter(child => child !== null && child !== undefined && child !== false));
   return node;
 }
 const glyphs = text => [...spelled(text)].map((c, i) => "↵␍→·⍽∅".includes(c) && c !== [...text][i] ? el("i", {}, c) : c);
@@ -146,7 +146,7 @@ const influenceCell = (r, column) => {
 };
 const short = D.columns.map(column => column.short);
 const rowsOf = first => [...Array(L + 1).keys()].filter(r => r === L ? first === 0 : r % 2 === first)
-  .map(r => ({key: r, label: r === L ? "output" : `${r + 1}`, last: r === L}));
+  .map(r => ({key: r, label: r === L ? "out" : `${r + 1}`, last: r === L}));
 const mapOf = (title, first, cell) => {
   const kinds = [...new Set(reads.filter(read => read.layer < L && read.layer % 2 === first).map(read => read.kind))].join(", ");
   const map = heat(`Before ${kinds}`, rowsOf(first), short, cell, {enter: point, label: `${title} before ${kinds}: rows are layers, columns are sources`});
@@ -260,7 +260,7 @@ function mixing() {
   const said = el("output", {class: "note", "aria-live": "polite"}), most = Math.max(...D.mixing.flat().map(x => Math.abs(x ?? 0))) || 1;
   const cell = (r, column) => column > r ? null : {t: Math.sqrt(Math.abs(D.mixing[r][column] ?? 0) / most), negative: D.mixing[r][column] < 0, text: fixed(D.mixing[r][column], 2)};
   const enter = (r, column) => said.textContent = `${capital(reader(r))} is made of ${column ? `the output of layer ${column}` : "the embedding"} times ${fixed(D.mixing[r][column])}.`;
-  const map = heat("", reads.map((_, r) => ({key: r, label: r === L ? "output" : `${r + 1}`, last: r === L})), [...Array(L + 1).keys()].map(i => i ? `${i}` : "emb"), cell,
+  const map = heat("", reads.map((_, r) => ({key: r, label: r === L ? "out" : `${r + 1}`, last: r === L})), [...Array(L + 1).keys()].map(i => i ? `${i}` : "emb"), cell,
     {enter, label: "Depth mixing matrix: rows are layers, columns are the embedding and layer outputs"});
   return el("div", {class: "mixing"}, map.node, el("p", {}, said));
 }
