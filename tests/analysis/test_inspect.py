@@ -54,7 +54,9 @@ def by_hand(model, tokens, cut=lambda layer, i, n: False):
         kept = kept.view(*kept.shape[:3], heads, 1)
         h = (kept * pieces).sum(0).flatten(-2) * residual.scale(len(sources))
         if layer < 6:
-            state = residual.write(residual.read(state, layer)[1], layer, model.layers[layer](model.layers[layer].norm(h), context))
+            state = residual.write(
+                residual.read(state, layer)[1], layer, model.layers[layer](model.layers[layer].norm(h), context)
+            )
     logits = model.lm_head(model.norm(h))[0]
     return F.cross_entropy(logits[:-1], tokens[1:], reduction="none"), seen
 

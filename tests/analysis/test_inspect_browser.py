@@ -58,7 +58,8 @@ def opened(browser, place):
 
 
 def levels(browser):
-    script = "return [...document.querySelectorAll('#maps .heat')].map(t => [...t.querySelectorAll('.c')].map(c => c.style.getPropertyValue('--t')))"
+    cells = "[...t.querySelectorAll('.c')].map(c => c.style.getPropertyValue('--t'))"
+    script = f"return [...document.querySelectorAll('#maps .heat')].map(t => {cells})"
     return browser.execute_script(script)
 
 
@@ -69,11 +70,15 @@ def focused(browser):
 def test_it_draws_without_errors_and_without_requests(opened, place):
     browser = opened()
     said = browser.find_element("tag name", "main").text
-    assert "Where each layer listens" in said and not any(word in said for word in ("undefined", "NaN", "false", "null"))
+    assert "Where each layer listens" in said and not any(
+        word in said for word in ("undefined", "NaN", "false", "null")
+    )
     tokens = browser.find_elements("css selector", ".token")
     assert len(tokens) == len(place[1]["tokens"]) and tokens[9].text == "\u21b5" and tokens[10].text == "\u2192"
     assert browser.get_log("browser") == []
-    requests = [entry["message"] for entry in browser.get_log("performance") if "requestWillBeSent\"" in entry["message"]]
+    requests = [
+        entry["message"] for entry in browser.get_log("performance") if 'requestWillBeSent"' in entry["message"]
+    ]
     assert len(requests) == 1  # the page itself
 
 

@@ -52,7 +52,7 @@ class Inspection:
     """What was measured over T tokens.
 
     reads: of layer 0 .. L - 1 and of the output; loss [T - 1]: nats for the prediction made at each position;
-    sources: those that can be left out; source_change [sources, T - 1]: change of the loss, in nats, without that source
+    sources: those that can be left out; source_change [sources, T - 1]: change of the loss, in nats, without that one
     in every read that has it beside others; read_change: per read and source the change of the mean loss without it in
     that read alone, None for a read with one source, None altogether where it was not measured;
     mixing: [L + 1, L + 1], weights of the embedding and of every layer output in what each layer reads.
@@ -98,7 +98,9 @@ def inspect(
     finally:
         model.train(training)
     means = iter(change[len(alone) :].mean(1).tolist())
-    read_change = [[next(means) for _ in r.sources] if len(r.sources) > 1 else None for r in reads] if per_read else None
+    read_change = (
+        [[next(means) for _ in r.sources] if len(r.sources) > 1 else None for r in reads] if per_read else None
+    )
     return Inspection(reads, loss, sources, change[: len(alone)], read_change, _mixing(model, residual, reads, tokens))
 
 
@@ -199,7 +201,9 @@ def _mixing(model: nn.Module, residual: DepthAttention, reads: Sequence[Read], t
     size = residual.num_layers + 1
     matrix = torch.zeros(size, size, dtype=torch.float64)
     for layer, read in enumerate(reads):
-        for n, weight in zip(read.sources, read.weights.double().mean(1) * residual.scale(len(read.sources)), strict=True):
+        for n, weight in zip(
+            read.sources, read.weights.double().mean(1) * residual.scale(len(read.sources)), strict=True
+        ):
             matrix[layer, members(residual, n, layer)] = weight
     return matrix
 

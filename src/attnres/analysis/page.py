@@ -1,4 +1,4 @@
-"""The frame of HTML pages and the look of the report: style sheet, script and a content policy that forbids every request.
+"""The frame of HTML pages and the look of the report: style sheet, script, a content policy that forbids requests.
 
 Nothing is fetched: the policy allows inline styles and the one script below, known by its hash, and nothing else.
 """
