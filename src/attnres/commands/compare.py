@@ -58,7 +58,7 @@ def run(argv: Sequence[str]) -> int:
         residuals=names,
         seeds=seeds_of(given.seeds),
         train=flags.train_config(given, given.model, names[0], {}),
-        residual_options=_options(names, flags.chosen_options(given.residual)),
+        residual_options=options_of(names, flags.chosen_options(given.residual)),
     )
     results = compare(config, command=shlex.join(["attnres", "compare", *argv]))
     print(table(results))
@@ -103,7 +103,7 @@ def seeds_of(text: str) -> tuple[int, ...]:
         raise UsageError(f"--seeds must be whole numbers separated by commas; it is {text!r}") from error
 
 
-def _options(names: Sequence[str], chosen: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def options_of(names: Sequence[str], chosen: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Gives each option to the mechanisms that take it."""
     taken = {name: set(inspect.signature(residuals.get(name).__init__).parameters) for name in names}
     for option in chosen:

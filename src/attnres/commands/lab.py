@@ -9,7 +9,9 @@ from ..errors import UsageError
 
 # sub-command: (module that has `run(argv)`, what it does)
 EXPERIMENTS = {
+    "scaling": ("attnres.commands.lab_scaling", "scaling laws over sizes, and the compute that AttnRes saves"),
     "ablation": ("attnres.commands.lab_ablation", "every row of the paper's ablation, over seeds"),
+    "dynamics": ("attnres.commands.lab_dynamics", "loss and magnitudes per block over a training, with a slider"),
 }
 
 

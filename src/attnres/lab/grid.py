@@ -28,7 +28,10 @@ from ..train.config import TrainConfig
 from ..train.run_folder import read_config
 from ..train.stopping import starting_deaf_processes
 from ..version import __version__
-from .worker import send_result
+from .worker import Measure, send_result, train_and_probe
+
+# what runs import late, if they do; importing it with torch takes as long as a short run
+IMPORTED_BEFORE = ("attnres.lab.worker", "torch._dynamo", "tensorboard.summary.writer.record_writer")
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,14 @@ class Cell:
 
 
 def run_grid(
-    cells: Sequence[Cell], *, jobs: int = 1, minutes: float | None = None, keep_checkpoints: bool = True
+    cells: Sequence[Cell],
+    *,
+    jobs: int = 1,
+    minutes: float | None = None,
+    keep_checkpoints: bool = True,
+    measure: Measure = train_and_probe,
 ) -> list[dict[str, Any]]:
-    """The results of all cells, in their order: result.json of each, what `worker.train_and_probe` returns.
+    """The results of all cells, in their order: result.json of each, what `measure` returns for its training.
 
     A cell that is finished is not repeated, one that was cut off goes on from its checkpoint: calling again after a
     kill continues the grid.
@@ -53,15 +61,19 @@ def run_grid(
         minutes: stop after so many, with what is running saved.
         keep_checkpoints: keep the weights of finished runs.
 
-    Raises UsageError if a folder holds another run, Failure where a run fails (with several jobs the others end
-    first) or time is up.
+    Raises UsageError if a folder holds another run or jobs or minutes are not positive, Failure where a run fails (with
+    several jobs the others end first) or time is up.
     """
+    if jobs < 1:
+        raise UsageError(f"jobs must be a positive whole number; it is {jobs}")
+    if minutes is not None and not minutes > 0:
+        raise UsageError(f"minutes must be a positive number; it is {minutes}")
     _check_resumable(cells)
     results: dict[int, dict[str, Any]] = {}
     for i, cell in enumerate(cells):
         if (file := cell.config.out / "result.json").exists():
             results[i] = json.loads(file.read_text())
-    grid = _Grid(cells, jobs, results, keep_checkpoints)
+    grid = _Grid(cells, jobs, results, keep_checkpoints, measure)
     try:
         grid.run(None if minutes is None else time.monotonic() + 60 * minutes)
     except BaseException:
@@ -74,11 +86,17 @@ class _Grid:
     """The processes of a grid that are running."""
 
     def __init__(
-        self, cells: Sequence[Cell], jobs: int, results: dict[int, dict[str, Any]], keep_checkpoints: bool
+        self,
+        cells: Sequence[Cell],
+        jobs: int,
+        results: dict[int, dict[str, Any]],
+        keep_checkpoints: bool,
+        measure: Measure,
     ) -> None:
         self.cells, self.jobs, self.results, self.keep_checkpoints = cells, jobs, results, keep_checkpoints
+        self.measure = measure
         self.running: dict[Any, tuple[int, Any, float]] = {}
-        self.failures: list[Exception] = []
+        self.failures: dict[str, Exception] = {}
         self.waiting = [i for i in range(len(cells)) if i not in results]
         self.seconds: list[float] = []
 
@@ -94,7 +112,10 @@ class _Grid:
                 self.stop()
                 raise Failure(f"time is up with {len(self.results)} of {len(self.cells)} runs finished; call again")
         if self.failures:
-            raise self.failures[0]
+            names = list(self.failures)
+            others = f" (so did {', '.join(names[1:])})" if len(names) > 1 else ""
+            error = self.failures[names[0]]
+            raise Failure(f"{names[0]} failed{others}, the other runs are finished: {error}") from error
 
     def stop(self) -> None:
         """Ends what is running; every run saves a checkpoint first."""
@@ -112,10 +133,11 @@ class _Grid:
     def _start(self, i: int) -> None:
         cell = self.cells[i]
         print(f"[{i + 1}/{len(self.cells)}] {cell.name}", file=sys.stderr, flush=True)
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([*IMPORTED_BEFORE])
         receiver, sender = context.Pipe(duplex=False)
         threads = max(1, len(os.sched_getaffinity(0)) // self.jobs) if self.jobs > 1 else None
-        process = context.Process(target=send_result, args=(cell.config, sender, threads))
+        process = context.Process(target=send_result, args=(self.measure, cell.config, sender, threads))
         with starting_deaf_processes(signal.SIGINT):  # on Ctrl-C this process tells it to stop
             # threads that spin at barriers crawl as soon as another program wants a core
             os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -138,7 +160,7 @@ class _Grid:
         if isinstance(answer, Exception):
             if self.jobs == 1:
                 raise answer
-            self.failures.append(answer)
+            self.failures[cell.name] = answer
             if self.waiting or self.running:
                 print(f"{cell.name} failed, the others go on: {answer}", file=sys.stderr, flush=True)
             return

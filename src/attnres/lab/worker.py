@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from statistics import median
 from typing import Any
@@ -20,20 +21,23 @@ from ..train import hardware
 from ..train.config import TrainConfig
 from ..train.data import load_corpus, validation_batches
 from ..train.journal import read_metrics
-from ..train.trainer import train
+from ..train.trainer import Watch, train
 
 PROBE_BATCHES = 4
 
 
-def send_result(config: TrainConfig, sender: Any, threads: int | None) -> None:
-    """Sends what `train_and_probe` returns or raises. With `threads`, so many are used and progress goes to a file."""
+Measure = Callable[[TrainConfig], dict[str, Any]]
+
+
+def send_result(measure: Measure, config: TrainConfig, sender: Any, threads: int | None) -> None:
+    """Sends what `measure` returns or raises. With `threads`, so many are used and progress goes to a file."""
     threading.Thread(target=_follow_parent, daemon=True).start()
     try:
         if threads is not None:
             torch.set_num_threads(threads)
             config.out.mkdir(parents=True, exist_ok=True)
             sys.stderr = (config.out / "log.txt").open("a")
-        answer: Any = train_and_probe(config)
+        answer: Any = measure(config)
     except Exception as error:
         error.add_note(traceback.format_exc())
         answer = error
@@ -41,14 +45,14 @@ def send_result(config: TrainConfig, sender: Any, threads: int | None) -> None:
         sender.send(answer)
 
 
-def train_and_probe(config: TrainConfig) -> dict[str, Any]:
+def train_and_probe(config: TrainConfig, watch: Watch | None = None) -> dict[str, Any]:
     """Trains to the end, from the checkpoint if there is one; the result, its curves and what `probe` finds inside."""
-    outcome = train(config, resume=(config.out / "config.json").exists())
+    outcome = train(config, resume=(config.out / "config.json").exists(), watch=watch)
     if not outcome.finished:
         raise Failure(f"the run in {config.out} was stopped at step {outcome.step}; call again to continue")
     device = hardware.find_device(config.device)
     with hardware.autocast(device, hardware.find_precision(config.precision, device)):
-        inside = probe(outcome.model, _probe_batches(config))
+        inside = probe(outcome.model, probe_batches(config))
     records = read_metrics(config.out)
     return {
         "residual": config.model.residual,
@@ -72,7 +76,8 @@ def _follow_parent() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _probe_batches(config: TrainConfig) -> Any:
+def probe_batches(config: TrainConfig) -> Any:
+    """The batches on which a model is looked into."""
     corpus = load_corpus(config.data, config.tokenizer, config.cache_dir, text_column=config.text_column)
     tokens = PROBE_BATCHES * config.batch_size * config.context
     return validation_batches(corpus.validation, config.batch_size, config.context, tokens)

@@ -27,6 +27,9 @@ from .optim import build_optimizer
 from .stopping import STOPS, starting_deaf_processes, stop_signals
 
 
+Watch = Callable[[Decoder, int], None]
+
+
 @dataclass
 class Result:
     """How a run ended. If a signal stopped it, `finished` is False and `val_loss` may be NaN.
@@ -44,12 +47,14 @@ class Result:
     model: Decoder
 
 
-def train(config: TrainConfig, resume: bool = False) -> Result:
+def train(config: TrainConfig, resume: bool = False, watch: Watch | None = None) -> Result:
     """Runs `config` to its last step, or to a SIGTERM or Ctrl-C, which saves a checkpoint first.
 
     With `resume` it goes on from the newest whole checkpoint in config.out (from the start if there is none); on a CPU
     the loss curve is then bit-identical to an uninterrupted run's. Raises UsageError for bad input, with nothing
     written, and Failure for a full disk, a damaged checkpoint or a loss that is not finite.
+
+    `watch(model, step)` is called after each validation of a run in one process.
 
     With `config.parallel` this is what every process of the job calls, and every one returns the same result.
     """
@@ -65,6 +70,7 @@ def train(config: TrainConfig, resume: bool = False) -> Result:
     if resume:
         checkpoint.check_compatible(run_folder.read_config(config.out).curve(), config.curve())
     trainer = Trainer(config, corpus)
+    trainer.watch = watch
     with run_folder.held(config.out):
         run_folder.check_folder(config.out, resume)
         if resume:
@@ -86,6 +92,7 @@ class Trainer:
         self.model.enable_checkpointing(config.checkpointing)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.loss: Callable[[Tensor, Tensor], Tensor] = torch.compile(self._loss) if config.compile else self._loss
+        self.watch: Watch | None = None
         self.step = 0
         self.saved_at: Path | None = None
         self.earlier_peak_memory = 0
@@ -250,6 +257,8 @@ class Trainer:
         loss = self._validation_loss()
         journal.record(step=self.step, tokens=self.tokens, val_loss=loss)
         journal.progress(self.step, f"validation loss {loss:.4f}", True)
+        if self.watch is not None:
+            self.watch(self.model, self.step)
         return loss
 
     def _save(self, journal: Journal) -> None:

@@ -1,0 +1,73 @@
+"""attnres lab dynamics"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from ..lab.compare import CompareConfig
+from ..lab.dynamics import dynamics
+from ..model import DecoderShape, preset
+from ..parallel.config import ParallelConfig
+from ..train.config import RunConfig
+from . import flags
+from .compare import options_of, seeds_of
+
+ResidualFlags: Any = flags.residual_flags(with_name=False)
+
+
+@dataclass
+class DynamicsFlags(RunConfig):
+    """Train residual connections and look inside at every validation: loss, and output and gradient magnitude of each
+    Transformer block, over the training.
+
+    Writes results.json, figures/ and dynamics.html, a page with a slider, under --out. Called again after an
+    interruption it continues.
+    """
+
+    residuals: str = "prenorm,block_attnres,full_attnres"
+    """Residual connections, separated by commas; the first is the baseline."""
+    seeds: str = "0"
+    """Seeds, separated by commas."""
+    jobs: int = 1
+    """Runs at the same time, which share the cores of a CPU."""
+    minutes: float | None = None
+    """Stop after so many minutes, with everything saved; the next call continues."""
+    validate_every: int = 20
+    """Steps between looks inside, each with a validation."""
+    out: Path = Path("runs/dynamics")
+    """Folder of the experiment."""
+    seed: tyro.conf.SuppressFixed[tyro.conf.Fixed[int]] = 0
+    parallel: tyro.conf.SuppressFixed[tyro.conf.Fixed[ParallelConfig]] = field(default_factory=ParallelConfig)
+    config: Path | None = None
+    """YAML file with any of these settings; flags win over it."""
+    preset: str | None = None
+    """Shape to start from: tiny, small, medium; tiny if none is named."""
+    model: DecoderShape = field(default_factory=DecoderShape)
+    """Shape of the models."""
+    residual: ResidualFlags = field(default_factory=ResidualFlags)
+    """Options for every residual connection that has them."""
+
+
+def run(argv: Sequence[str]) -> int:
+    file = flags.peek(argv, "config")["config"]
+    shape = flags.peek([*flags.of_file(file, DynamicsFlags), *argv], "preset")["preset"] or "tiny"
+    default = DynamicsFlags(model=flags.open_shape(preset(shape)), jobs=2, precision="float32")
+    given = flags.parse(DynamicsFlags, argv, "lab dynamics", default, file)
+    names = tuple(name.strip() for name in given.residuals.split(","))
+    config = CompareConfig(
+        residuals=names,
+        seeds=seeds_of(given.seeds),
+        train=flags.train_config(given, given.model, names[0], {}),
+        residual_options=options_of(names, flags.chosen_options(given.residual)),
+    )
+    command = shlex.join(["attnres", "lab", "dynamics", *argv])
+    dynamics(config, jobs=given.jobs, minutes=given.minutes, command=command)
+    print(f"results: {given.out / 'dynamics.html'}, {given.out / 'figures'}", file=sys.stderr)
+    return 0

@@ -1,0 +1,90 @@
+"""Training dynamics: loss, and output and gradient magnitude of every Transformer block, over a whole training."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from ..analysis.dynamics_figure import dynamics_figure
+from ..analysis.dynamics_page import write_page
+from ..analysis.figures import save, write_figures
+from ..analysis.probe import probe
+from ..analysis.style import apply_style
+from ..model import Decoder
+from ..train import hardware
+from ..train.config import TrainConfig
+from ..train.data import load_corpus
+from .compare import CompareConfig
+from .grid import Cell, provenance, run_grid, write_json
+from .worker import probe_batches, train_and_probe
+
+PROFILES = ("output_magnitude", "gradient_magnitude")
+
+
+def dynamics(
+    config: CompareConfig, *, jobs: int = 1, minutes: float | None = None, command: str = ""
+) -> dict[str, Any]:
+    """Trains every run and looks inside at each validation; writes results.json, figures/ and dynamics.html, a page
+    with a slider over the training, under train.out.
+
+    Calling again continues. Returns the contents of results.json, whose runs have under "dynamics" the steps [P] and
+    magnitudes [P, Transformer blocks]. Raises UsageError for bad input before any run, Failure where runs fail or time
+    is up.
+    """
+    train, out = config.train, config.train.out
+    with apply_style():
+        pass  # refuses a missing matplotlib before the first run
+    for run in config.runs():
+        run.model.build_residual()
+    corpus = load_corpus(train.data, train.tokenizer, train.cache_dir, text_column=train.text_column)
+    config = dataclasses.replace(config, train=train.with_vocabulary(corpus.tokenizer.vocab_size))
+    cells = [Cell(f"{run.model.residual}, seed {run.seed}", run) for run in config.runs()]
+    found = run_grid(cells, jobs=jobs, minutes=minutes, keep_checkpoints=False, measure=train_and_watch)
+    results = {
+        **provenance(config.train, command),
+        "jobs": jobs,
+        "corpus": {"name": corpus.name, "train_tokens": len(corpus.train), "val_tokens": len(corpus.validation)},
+        "model": config.runs()[0].model.to_dict(),
+        "train": config.train.to_dict(),
+        "baseline": config.residuals[0],
+        "runs": found,
+    }
+    write_json(out / "results.json", results)
+    write_figures(results, out / "figures")
+    for profile in PROFILES:
+        save(dynamics_figure(results, profile), out / "figures", f"dynamics_{profile}")
+    write_page(results, out / "dynamics.html")
+    return results
+
+
+def train_and_watch(config: TrainConfig) -> dict[str, Any]:
+    """What `train_and_probe` returns, with what `probe` found at every validation under "dynamics"."""
+    device = hardware.find_device(config.device)
+    precision = hardware.find_precision(config.precision, device)
+    batches = list(probe_batches(config))
+    file = config.out / "dynamics.jsonl"
+
+    def watch(model: Decoder, step: int) -> None:
+        with hardware.autocast(device, precision):
+            inside = probe(model, batches)
+        record = {"step": step, **{name: inside[name] for name in PROFILES}}
+        with file.open("a") as lines:
+            lines.write(json.dumps(record) + "\n")
+
+    result = train_and_probe(config, watch)
+    return {**result, "dynamics": read_dynamics(file)}
+
+
+def read_dynamics(file: Path) -> dict[str, list[Any]]:
+    """The records of a run by step; of steps that a resumed run repeated the last is kept."""
+    by_step: dict[int, dict[str, Any]] = {}
+    for line in file.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:  # the run was killed while it wrote
+            continue
+        by_step[record["step"]] = record
+    records = [by_step[step] for step in sorted(by_step)]
+    return {name: [record[name] for record in records] for name in ("step", *PROFILES)}
