@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ..errors import UsageError
 
@@ -30,7 +31,7 @@ class PowerLaw:
         return ((loss - self.irreducible) / self.A) ** (-1 / self.alpha)
 
 
-def fit_power_law(compute: Sequence[float], loss: Sequence[float], *, irreducible: bool = False) -> PowerLaw:
+def fit_power_law(compute: ArrayLike, loss: ArrayLike, *, irreducible: bool = False) -> PowerLaw:
     """The least-squares line through (log C, log L), as in the paper's section 7; compute in any unit.
 
     With `irreducible` a constant E is fitted as well, from 0 to the lowest loss: for each E the line through

@@ -26,7 +26,6 @@ from .journal import Journal
 from .optim import build_optimizer
 from .stopping import STOPS, starting_deaf_processes, stop_signals
 
-
 Watch = Callable[[Decoder, int], None]
 
 
