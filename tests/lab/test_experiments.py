@@ -8,6 +8,7 @@ import pytest
 from attnres.errors import UsageError
 from attnres.lab.dynamics import read_dynamics
 from attnres.lab.scaling import ScalingConfig, Size, analyse
+from attnres.lab.sweep import SweepConfig, best
 from attnres.train.config import TrainConfig
 
 from .test_compare import FORK, in_run, said
@@ -54,7 +55,7 @@ def test_dynamics_looks_inside_at_every_validation(server, small, tmp_path):
         assert (
             np.shape(run["dynamics"]["output_magnitude"]) == np.shape(run["dynamics"]["gradient_magnitude"]) == (3, 4)
         )
-        assert run["dynamics"]["output_magnitude"][-1] == run["output_magnitude"]
+        assert run["dynamics"]["output_magnitude"][-1] == pytest.approx(run["output_magnitude"])
     page = (tmp_path / "dynamics.html").read_text()
     assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
     assert (tmp_path / "figures" / "dynamics_gradient_magnitude.svg").exists()
@@ -110,3 +111,37 @@ def test_scaling_refuses_before_any_run(changes, message):
 def test_bad_flags(server, small, tmp_path, argv, message):
     end = server.run(*argv.split(), *(small if argv.count(" ") > 1 else []), "--out", tmp_path / "out")
     assert (end.status, message in said(end)) == (2, True), end.err
+
+
+def test_default_sweep_is_matched():
+    config = SweepConfig(train=TrainConfig())
+    config.check()
+    deep, wide = config.model(4, 0.5, "prenorm"), config.model(24, 0.5, "prenorm")
+    assert deep.num_hidden_layers > 2 * wide.num_hidden_layers and wide.hidden_size >= 2 * deep.hidden_size
+    for ratio in config.widths:
+        model = config.model(ratio, 0.5, "prenorm")
+        assert model.hidden_size / model.num_hidden_layers == pytest.approx(ratio, rel=0.1)
+        assert model.num_attention_heads / model.num_hidden_layers == pytest.approx(0.5, abs=0.13)
+
+
+def test_best_cell_is_that_of_the_lowest_mean():
+    losses = {(4, 0.5): (2.0, 2.4), (8, 0.5): (2.1, 2.2)}
+    runs = [
+        {"residual": "prenorm", "width_ratio": width, "head_ratio": heads, "val_loss": loss}
+        for (width, heads), seeds in losses.items()
+        for loss in seeds
+    ]
+    assert best(runs, "prenorm") == {"width_ratio": 8, "head_ratio": 0.5, "val_loss": pytest.approx(2.15)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"widths": (0,)}, "widths must be positive ratios"),
+        ({"parameters": 3000}, "the grid cannot be matched|leave no room for an MLP"),
+        ({"compute": 1e9}, "FLOP is 0 steps"),
+    ],
+)
+def test_sweep_refuses_before_any_run(changes, message):
+    with pytest.raises(UsageError, match=message):
+        SweepConfig(**{"train": TrainConfig(), **changes}).check()

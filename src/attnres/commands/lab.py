@@ -11,6 +11,10 @@ from ..errors import UsageError
 EXPERIMENTS = {
     "scaling": ("attnres.commands.lab_scaling", "scaling laws over sizes, and the compute that AttnRes saves"),
     "ablation": ("attnres.commands.lab_ablation", "every row of the paper's ablation, over seeds"),
+    "sweep": (
+        "attnres.commands.lab_sweep",
+        "which width and heads per block are best, at equal parameters and compute",
+    ),
     "dynamics": ("attnres.commands.lab_dynamics", "loss and magnitudes per block over a training, with a slider"),
 }
 

@@ -58,7 +58,7 @@ class DynamicsFlags(RunConfig):
 def run(argv: Sequence[str]) -> int:
     file = flags.peek(argv, "config")["config"]
     shape = flags.peek([*flags.of_file(file, DynamicsFlags), *argv], "preset")["preset"] or "tiny"
-    default = DynamicsFlags(model=flags.open_shape(preset(shape)), jobs=2, precision="float32")
+    default = DynamicsFlags(model=flags.open_shape(preset(shape)), jobs=2)
     given = flags.parse(DynamicsFlags, argv, "lab dynamics", default, file)
     names = tuple(name.strip() for name in given.residuals.split(","))
     config = CompareConfig(

@@ -1,0 +1,226 @@
+"""Which shape does a residual connection like? Fixed parameters and compute, width and heads per Transformer block.
+
+The architecture sweep of "Attention Residuals" (arXiv 2603.15031): d_model / L_b against heads / L_b.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from ..analysis.figures import save
+from ..analysis.style import apply_style
+from ..analysis.sweep_figure import sweep_figure
+from ..errors import Failure, UsageError
+from ..model import DecoderConfig
+from ..train.config import TrainConfig
+from ..train.data import load_corpus
+from .grid import Cell, provenance, run_grid, write_json
+
+MATCHED = 0.05  # largest part by which parameters or compute may differ from the target
+
+
+@dataclass
+class SweepConfig:
+    """The grid. `train` is what every run shares; a cell sets the shape and, by its FLOPs a token, the steps."""
+
+    train: TrainConfig
+    widths: tuple[float, ...] = (4, 8, 12, 16, 24)
+    """Ratios d_model / L_b."""
+    heads: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7)
+    """Ratios heads / L_b."""
+    residuals: tuple[str, ...] = ("prenorm", "full_attnres")
+    """Residual connections; the first is the baseline."""
+    seeds: tuple[int, ...] = (0,)
+    parameters: int = 300_000
+    """Activated parameters of the baseline in each cell, without embeddings."""
+    compute: float = 1e12
+    """Training compute of each run in FLOP, counted on the baseline."""
+    jobs: int = 1
+    minutes: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("widths", "heads", "residuals", "seeds"):
+            values = getattr(self, name)
+            if not values or len(set(values)) != len(values):
+                raise UsageError(f"{name} must name at least one, each once; it is {', '.join(map(str, values))!r}")
+        for name in ("widths", "heads"):
+            if not all(value > 0 for value in getattr(self, name)):
+                raise UsageError(f"{name} must be positive ratios; it is {getattr(self, name)}")
+        if self.parameters < 1 or not self.compute > 0:
+            raise UsageError(f"parameters and compute must be positive; they are {self.parameters} and {self.compute}")
+
+    def model(self, width_ratio: float, head_ratio: float, residual: str) -> DecoderConfig:
+        """The shape of a cell: rounded to whole numbers, and the MLP's inner width takes up what is left."""
+        blocks = max(1, round((self.parameters / (12 * width_ratio**2)) ** (1 / 3)))
+        width = max(2, 2 * round(width_ratio * blocks / 2))
+        heads = max(1, round(head_ratio * blocks))
+        head_dim = max(2, 2 * round(width / heads / 2))
+        inner = round((self.parameters / blocks - 4 * width * heads * head_dim) / (3 * width))
+        if inner < width / 2:
+            raise UsageError(
+                f"{self.parameters:,} parameters leave no room for an MLP at d_model/L_b {width_ratio:g} and heads/L_b "
+                f"{head_ratio:g}; leave this ratio out or raise parameters"
+            )
+        return DecoderConfig(
+            vocab_size=self.train.model.vocab_size,
+            hidden_size=width,
+            num_hidden_layers=blocks,
+            num_attention_heads=heads,
+            head_dim=head_dim,
+            intermediate_size=inner,
+            max_position_embeddings=max(512, self.train.context),
+            initializer_range=round(0.7 * width**-0.5, 3),
+            residual=residual,
+        )
+
+    def run(self, width_ratio: float, head_ratio: float, residual: str, seed: int) -> TrainConfig:
+        """One training of the grid. Cells that round to one shape share it."""
+        model = self.model(width_ratio, head_ratio, residual)
+        flops = self.model(width_ratio, head_ratio, self.residuals[0]).flops_per_token(self.train.context)
+        steps = round(self.compute / (flops * self.train.tokens_per_step))
+        if steps < 2:
+            raise UsageError(f"compute {self.compute:.3g} FLOP is {steps} steps; raise compute or lower batch_size")
+        shape = f"{model.hidden_size}x{model.num_hidden_layers}x{model.num_attention_heads}"
+        return dataclasses.replace(
+            self.train,
+            model=model,
+            seed=seed,
+            steps=steps,
+            validate_every=steps,
+            keep=1,
+            out=self.train.out / "runs" / f"{shape}-{residual}-seed{seed}",
+        )
+
+    def check(self) -> None:
+        """Raises UsageError for a grid whose cells cannot have equal parameters and compute."""
+        for width in self.widths:
+            for heads in self.heads:
+                run = self.run(width, heads, self.residuals[0], self.seeds[0])
+                count = run.model.parameter_counts()["activated"]
+                spent = run.steps * run.tokens_per_step * run.model.flops_per_token(run.context)
+                for name, own, target in (
+                    ("parameters", count, self.parameters),
+                    ("compute", spent, self.compute),
+                ):
+                    if abs(own / target - 1) > MATCHED:
+                        raise UsageError(
+                            f"the grid cannot be matched: at d_model/L_b {width:g} and heads/L_b {heads:g} the {name} "
+                            f"are {own:.3g} and not {target:.3g}; raise parameters or compute, or leave this ratio out"
+                        )
+                for residual in self.residuals:
+                    self.model(width, heads, residual).build_residual()
+
+
+def sweep(config: SweepConfig, command: str = "") -> dict[str, Any]:
+    """Trains the grid and writes results.json, table.csv and figures/sweep.{png,svg} under train.out.
+
+    Calling again continues. Returns the contents of results.json; "best" has each residual connection's best cell.
+    Raises UsageError for bad input before any run, Failure where runs fail or time is up.
+    """
+    train, out = config.train, config.train.out
+    with apply_style():
+        pass  # refuses a missing matplotlib before the first run
+    config.check()
+    corpus = load_corpus(train.data, train.tokenizer, train.cache_dir, text_column=train.text_column)
+    config = dataclasses.replace(config, train=train.with_vocabulary(corpus.tokenizer.vocab_size))
+    config.check()
+    plan = [
+        (width, heads, name, seed)
+        for seed in config.seeds
+        for width in config.widths
+        for heads in config.heads
+        for name in config.residuals
+    ]
+    cells = {
+        run.out: Cell(f"{run.out.name.replace('-', ', ', 1)}", run) for run in (config.run(*place) for place in plan)
+    }
+    found = dict(
+        zip(
+            cells,
+            run_grid(list(cells.values()), jobs=config.jobs, minutes=config.minutes, keep_checkpoints=False),
+            strict=True,
+        )
+    )
+    runs = [{"width_ratio": place[0], "head_ratio": place[1], **found[config.run(*place).out]} for place in plan]
+    results = {
+        **provenance(config.train, command),
+        "jobs": config.jobs,
+        "corpus": {"name": corpus.name, "train_tokens": len(corpus.train), "val_tokens": len(corpus.validation)},
+        "train": config.train.to_dict(),
+        "baseline": config.residuals[0],
+        "parameters": config.parameters,
+        "compute_flop": config.compute,
+        "widths": list(config.widths),
+        "heads": list(config.heads),
+        "shapes": [_described(config, width, heads) for width in config.widths for heads in config.heads],
+        "runs": runs,
+        "best": {name: best(runs, name) for name in config.residuals},
+    }
+    write_json(out / "results.json", results)
+    _write_csv(out / "table.csv", runs)
+    save(sweep_figure(results), out / "figures", "sweep")
+    return results
+
+
+def best(runs: Sequence[dict[str, Any]], residual: str) -> dict[str, float]:
+    """The cell of the lowest mean validation loss over seeds."""
+    losses: dict[tuple[float, float], list[float]] = {}
+    for run in runs:
+        if run["residual"] == residual:
+            losses.setdefault((run["width_ratio"], run["head_ratio"]), []).append(run["val_loss"])
+    width, heads = min(losses, key=lambda place: mean(losses[place]))
+    return {"width_ratio": width, "head_ratio": heads, "val_loss": mean(losses[width, heads])}
+
+
+def summary(results: dict[str, Any]) -> str:
+    """The best cells, and in how many cells each residual connection beats the baseline."""
+    lines = []
+    losses: dict[tuple[str, float, float], list[float]] = {}
+    for run in results["runs"]:
+        losses.setdefault((run["residual"], run["width_ratio"], run["head_ratio"]), []).append(run["val_loss"])
+    places = [(width, heads) for width in results["widths"] for heads in results["heads"]]
+    for name, cell in results["best"].items():
+        text = "best at d_model/L_b {width_ratio:g}, heads/L_b {head_ratio:g}: {val_loss:.4f}".format(**cell)
+        if name != results["baseline"]:
+            gains = [mean(losses[results["baseline"], *place]) - mean(losses[name, *place]) for place in places]
+            wins = sum(gain > 0 for gain in gains)
+            text += f"; lower loss in {wins} of {len(gains)} cells, by {min(gains):+.4f} to {max(gains):+.4f}"
+        lines.append(f"{name}: {text}")
+    return "\n".join(lines)
+
+
+def _described(config: SweepConfig, width: float, heads: float) -> dict[str, Any]:
+    run = config.run(width, heads, config.residuals[0], config.seeds[0])
+    return {
+        "width_ratio": width,
+        "head_ratio": heads,
+        **{
+            name: getattr(run.model, name)
+            for name in (
+                "hidden_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "head_dim",
+                "intermediate_size",
+            )
+        },
+        "activated_parameters": run.model.parameter_counts()["activated"],
+        "tokens": run.steps * run.tokens_per_step,
+    }
+
+
+def _write_csv(path: Path, runs: Sequence[dict[str, Any]]) -> None:
+    columns = ("width_ratio", "head_ratio", "residual", "seed", "parameters", "tokens", "val_loss")
+    try:
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(columns)
+            writer.writerows([run[name] for name in columns] for run in runs)
+    except OSError as error:
+        raise Failure(f"cannot write {path}: {error.strerror}; free some space and call again") from error
