@@ -5,9 +5,11 @@
 The network is L = 24 layers of one matrix, D = 512, behind the norms that the mechanism asks for: layers so cheap that
 what is measured is the residual connection (a layer of a decoder of that width has six times the arithmetic). A step is
 forward and backward over 512 tokens in float32 on one thread of the CPU. Each mechanism has a process of its own, one
-eager and one under torch.compile (whole network, one graph), in which its steps and prenorm's take turns; the ratio is
-that of processor time, round by round, which other programs on the machine disturb least. Compiling is timed from an
-empty cache, as processor time with that of the C++ compiler.
+eager and one under torch.compile, in which its steps and prenorm's take turns; the ratio is that of processor time,
+round by round, which other programs on the machine disturb least. Under torch.compile it is the six layers in the
+middle, which have the mean number of sources, as one graph: all 24 would compile for many minutes each. Compiling is
+timed as processor time, with that of the C++ compiler; kernels that a mechanism shares with prenorm, or with one that
+was measured before in the same run, are compiled already.
 
 Results are saved after every process, and a run goes on where the last one stopped: it measures what the results file
 lacks, or anew what --only names. A process over its time is listed as such.
@@ -203,11 +205,11 @@ def step(name: str, mode: str) -> Callable[[], None]:
 
 def page(document: dict[str, Any]) -> list[str]:
     facts = ", ".join(f"{k} {v}" for k, v in document.items() if k != "rows")
-    header = ["", "parameters", "MFLOP per token and layer", "traffic, D per token and layer"]
+    header = ["", "parameters", "operations, D", "traffic, D"]
     for mode in MODES:
-        header += [f"{mode}: step time to prenorm's (range)", f"{mode}: peak, [T, D] tensors"]
+        header += [f"step, {mode}", f"peak, {mode}"]
     cells = [
-        [name, f"{row['parameters']:,}", f"{row['flops'] / 1e6:.4f}", f"{row['traffic']:.1f}"]
+        [name, f"{row['parameters']:,}", f"{row['flops'] / WIDTH:.1f}", f"{row['traffic']:.1f}"]
         + [cell for mode in MODES for cell in measured(row.get(mode, {"failed": "not reached"}))]
         + [f"{row['compiled']['compile seconds']:.0f}" if "compile seconds" in row.get("compiled", {}) else ""]
         for name, row in document["rows"].items()
@@ -217,7 +219,12 @@ def page(document: dict[str, Any]) -> list[str]:
         "",
         facts,
         "",
-        *timing.markdown_table([*header, "s to compile"], cells),
+        "Parameters are what the mechanism adds. Operations (forward) and traffic (reads and writes, by formula) are",
+        "per token and layer, in units of the width D. Step: processor time, forward and backward, to prenorm's in",
+        f"the same process, median (range); compiled, of the layers {MIDDLE.start} to {MIDDLE.stop - 1} alone.",
+        "Peak: the most memory of a step, in [T, D] tensors. Compiling: processor seconds for those layers.",
+        "",
+        *timing.markdown_table([*header, "compiling, s"], cells),
     ]
 
 

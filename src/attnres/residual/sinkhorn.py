@@ -4,7 +4,8 @@
 
 An operator of its own, since a compiler would take minutes over the hundreds of nodes that 2 T steps make in every
 layer. It saves the logits alone and runs the steps again in the backward pass, as mHC does (arXiv 2512.24880, section
-4.3): dZ_{t-1} = dZ_t - exp(Z_t) sum(dZ_t), the sum over what step t normalised.
+4.3): dZ_{t-1} = dZ_t - exp(Z_t) sum(dZ_t), the sum over what step t normalised. Inside, matrices come first and tokens
+last, so that a step runs along many tokens and not along n numbers: ten times as fast on a CPU.
 """
 
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-COLUMNS, ROWS = -2, -1
+COLUMNS, ROWS = 0, 1
 
 
 def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
@@ -23,40 +24,45 @@ def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
     return torch.ops.attnres.sinkhorn(logits, iterations)
 
 
-def _steps(logits: Tensor, iterations: int) -> list[tuple[Tensor, int]]:
-    """Z_t of every step with the dimension that it normalised."""
-    steps = []
-    for _ in range(iterations):
-        for dim in (COLUMNS, ROWS):
-            logits = logits.log_softmax(dim)
-            steps.append((logits, dim))
-    return steps
+def _tokens_last(matrices: Tensor) -> Tensor:
+    """[..., n, n] -> [n, n, ...], contiguous."""
+    return matrices.movedim((-2, -1), (0, 1)).contiguous()
+
+
+def _tokens_first(matrices: Tensor) -> Tensor:
+    """[n, n, ...] -> [..., n, n], contiguous."""
+    return matrices.movedim((0, 1), (-2, -1)).contiguous()
 
 
 @torch.library.custom_op("attnres::sinkhorn", mutates_args=())
 def _sinkhorn(logits: Tensor, iterations: int) -> Tensor:
+    z = _tokens_last(logits)
     for _ in range(iterations):
-        logits = logits.log_softmax(COLUMNS).log_softmax(ROWS)
-    return logits.exp()
+        z = z.log_softmax(COLUMNS).log_softmax(ROWS)
+    return _tokens_first(z.exp())
 
 
 @torch.library.custom_op("attnres::sinkhorn_backward", mutates_args=())
 def _sinkhorn_backward(gradient: Tensor, logits: Tensor, iterations: int) -> Tensor:
-    steps = _steps(logits, iterations)
-    gradient = gradient * steps[-1][0].exp()
+    z, steps = _tokens_last(logits), []
+    for _ in range(iterations):
+        for dim in (COLUMNS, ROWS):
+            z = z.log_softmax(dim)
+            steps.append((z, dim))
+    gradient = _tokens_last(gradient) * z.exp()
     for after, dim in reversed(steps):
         gradient = gradient - after.exp() * gradient.sum(dim, keepdim=True)
-    return gradient
+    return _tokens_first(gradient)
 
 
 @_sinkhorn.register_fake
 def _(logits: Tensor, iterations: int) -> Tensor:
-    return torch.empty_like(logits)
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 @_sinkhorn_backward.register_fake
 def _(gradient: Tensor, logits: Tensor, iterations: int) -> Tensor:
-    return torch.empty_like(logits)
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
