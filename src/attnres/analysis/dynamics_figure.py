@@ -29,7 +29,7 @@ def dynamics_figure(results: dict[str, Any], profile: str) -> Figure:
     with apply_style():
         from matplotlib.colors import LogNorm
         from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
+        from matplotlib.ticker import LogFormatter, MaxNLocator
 
         tables = {name: profiles(results, name, profile) for name in named}
         positive = np.concatenate([values[values > 0] for _, values in tables.values()])
@@ -49,6 +49,8 @@ def dynamics_figure(results: dict[str, Any], profile: str) -> Figure:
         figure.supxlabel("Step", fontsize=8)
         figure.supylabel("Transformer block", fontsize=8)
         bar = figure.colorbar(mesh, ax=panels, aspect=24, pad=0.02)
+        bar.ax.yaxis.set_major_formatter(LogFormatter())
+        bar.ax.yaxis.set_minor_formatter(LogFormatter())
         bar.set_label(LABELS[profile])
         bar.outline.set_visible(False)
     return figure
