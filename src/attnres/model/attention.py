@@ -15,25 +15,32 @@ from .config import DecoderConfig
 
 
 class Cache(Protocol):
-    """Keys and values of earlier tokens; Hugging Face's caches have this interface too."""
+    """What layers keep of earlier tokens; Hugging Face's caches have this interface too, but for linear states."""
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Appends [B, K, T, E] keys and values of an attention layer; returns all of them, [B, K, S, E]."""
         ...
+
+    def linear_state(self, layer_idx: int) -> Any:
+        """The state that a linear attention layer has set, or None before its first token."""
+        ...
+
+    def set_linear_state(self, layer_idx: int, state: Any) -> None: ...
 
     def get_seq_length(self) -> int:
         """Tokens held."""
         ...
 
 
-def sdpa(layer: "Attention", q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of a layer's rotated queries over all keys and values, [B, T, H, E]."""
+def sdpa(layer: Any, q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of a layer's finished queries over all keys and values, [B, T, H, E]. layer.head_dim sets the scale."""
     o_BHTE = F.scaled_dot_product_attention(
         q_BHTE,
         k_BKSE,
         v_BKSE,
         attn_mask=mask,
         is_causal=mask is None and q_BHTE.shape[2] > 1,
+        scale=layer.head_dim**-0.5,
         enable_gqa=q_BHTE.shape[1] != k_BKSE.shape[1],
     )
     return o_BHTE.transpose(1, 2)
@@ -51,7 +58,7 @@ class Context(NamedTuple):
     sin: Tensor
     mask: Any = None
     cache: Cache | None = None
-    attend: Callable[["Attention", Tensor, Tensor, Tensor, Any], Tensor] = sdpa
+    attend: Callable[[Any, Tensor, Tensor, Tensor, Any], Tensor] = sdpa
 
 
 class Attention(nn.Module):

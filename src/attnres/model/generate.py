@@ -1,4 +1,4 @@
-"""Sampling from a decoder, one token at a time, with keys and values of earlier tokens kept."""
+"""Sampling from a decoder, one token at a time, with what layers need of earlier tokens kept."""
 
 from __future__ import annotations
 
@@ -9,27 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from .cache import KeyValueCache
 from .decoder import Decoder
-
-
-class KeyValueCache:
-    """Keys and values of every attention layer, [B, K, T, E] each, appended to as tokens come."""
-
-    def __init__(self) -> None:
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        if layer_idx == len(self.keys):
-            self.keys.append(key_states)
-            self.values.append(value_states)
-        else:
-            self.keys[layer_idx] = torch.cat([self.keys[layer_idx], key_states], 2)
-            self.values[layer_idx] = torch.cat([self.values[layer_idx], value_states], 2)
-        return self.keys[layer_idx], self.values[layer_idx]
-
-    def get_seq_length(self) -> int:
-        return self.keys[0].shape[2] if self.keys else 0
 
 
 @torch.inference_mode()
