@@ -105,14 +105,13 @@ def _as_flags(values: dict[Any, Any], flags: Any, prefix: str) -> Iterator[str]:
 
 def open_shape(model: DecoderShape) -> DecoderShape:
     """Its shape with the sizes that follow from others left open, so that flags move those too."""
-    shape = DecoderShape(**{f.name: getattr(model, f.name) for f in dataclasses.fields(DecoderShape)})
-    plain = DecoderShape(hidden_size=model.hidden_size, num_attention_heads=1)
-    if model.num_key_value_heads == model.num_attention_heads:
-        shape.num_key_value_heads = None
-    if model.head_dim is not None and model.head_dim * model.num_attention_heads == model.hidden_size:
-        shape.head_dim = None
-    if model.intermediate_size == plain.intermediate_size:
-        shape.intermediate_size = None
+    sizes = {f.name: getattr(model, f.name) for f in dataclasses.fields(DecoderShape)}
+    shape = DecoderShape(**sizes)
+    for name in (f.name for f in dataclasses.fields(DecoderShape) if f.default is None):
+        if name == "head_dim" and model.hidden_size % model.num_attention_heads:
+            continue
+        if getattr(DecoderShape(**{**sizes, name: None}), name) == sizes[name]:
+            setattr(shape, name, None)
     return shape
 
 

@@ -1,4 +1,4 @@
-"""The shape of a decoder, as data, and the named shapes."""
+"""The shape of a decoder, as data."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -6,6 +6,8 @@ from typing import Any
 
 from .. import residual as residuals
 from ..errors import UsageError
+
+ATTENTION_KINDS = ("gqa", "mla", "kda")
 
 
 @dataclass
@@ -27,6 +29,38 @@ class DecoderShape:
     """Width of one head, even; the default is hidden_size / num_attention_heads."""
     intermediate_size: int | None = None
     """Inner width of the SwiGLU MLP; the default is 8/3 hidden_size rounded up to a multiple of 64."""
+    attention_pattern: tuple[str, ...] = ("gqa",)
+    """Kinds of attention layers, repeated over the Transformer blocks and cut at their number: gqa (grouped-query), mla
+    (multi-head latent attention without positions), kda (Kimi Delta Attention). kda kda kda mla is Kimi Linear's."""
+    kv_lora_rank: int | None = None
+    """Width of the latent that an mla layer caches; the default is 4 head_dim."""
+    qk_nope_head_dim: int | None = None
+    """Width of a query's and key's own part in an mla layer; the default is head_dim."""
+    qk_rope_head_dim: int | None = None
+    """Width of the key part that all heads of an mla layer share (and do not rotate); the default is head_dim / 2."""
+    v_head_dim: int | None = None
+    """Width of a value in an mla layer; the default is head_dim."""
+    linear_num_heads: int | None = None
+    """Heads of a kda layer; the default is num_attention_heads."""
+    linear_head_dim: int | None = None
+    """Width of keys and values of a kda layer, and the rank of its gates; the default is head_dim."""
+    linear_conv_kernel_dim: int = 4
+    """Tokens that the short convolutions of a kda layer see."""
+    linear_chunk_size: int = 64
+    """Tokens that a kda layer handles in parallel in training, a power of two."""
+    num_experts: int = 0
+    """Routed experts of an MLP; 0 for dense MLPs."""
+    num_experts_per_tok: int = 8
+    """Routed experts that a token is sent to."""
+    num_shared_experts: int = 1
+    """Experts that every token is sent to besides."""
+    moe_intermediate_size: int | None = None
+    """Inner width of one expert; the default gives a token's experts the width of a dense MLP together, rounded up to a
+    multiple of 8."""
+    first_k_dense_replace: int = 0
+    """Transformer blocks at the start whose MLP stays dense although there are experts."""
+    routed_scaling_factor: float = 1.0
+    """Factor on the sum of the routed experts' outputs."""
     max_position_embeddings: int = 2048
     """Longest context the model is meant for, in tokens."""
     rope_theta: float = 10000.0
@@ -69,6 +103,59 @@ class DecoderShape:
             raise UsageError(f"head_dim must be even for rotary embeddings; it is {self.head_dim}")
         if not self.rms_norm_eps >= 0:
             raise UsageError(f"rms_norm_eps must be zero or positive; it is {self.rms_norm_eps}")
+        self._set_attention()
+        self._set_experts()
+
+    def _set_attention(self) -> None:
+        self.attention_pattern = tuple(self.attention_pattern)  # a list if it comes from a JSON file
+        for kind in self.attention_pattern:
+            if kind not in ATTENTION_KINDS:
+                raise UsageError(f"attention_pattern has the unknown kind {kind!r}; known: {', '.join(ATTENTION_KINDS)}")
+        if not self.attention_pattern:
+            raise UsageError("attention_pattern is empty; name at least one kind, such as gqa")
+        assert self.head_dim is not None
+        defaults = {
+            "kv_lora_rank": 4 * self.head_dim,
+            "qk_nope_head_dim": self.head_dim,
+            "qk_rope_head_dim": self.head_dim // 2,
+            "v_head_dim": self.head_dim,
+            "linear_num_heads": self.num_attention_heads,
+            "linear_head_dim": self.head_dim,
+        }
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        for name in (*defaults, "linear_conv_kernel_dim", "linear_chunk_size"):
+            _positive(name, getattr(self, name))
+        if self.linear_chunk_size & (self.linear_chunk_size - 1):
+            raise UsageError(f"linear_chunk_size must be a power of two, such as 64; it is {self.linear_chunk_size}")
+
+    def _set_experts(self) -> None:
+        for name in ("num_experts", "num_shared_experts", "first_k_dense_replace"):
+            _positive(name, getattr(self, name), 0)
+        _positive("num_experts_per_tok", self.num_experts_per_tok)
+        if self.num_experts and self.num_experts_per_tok > self.num_experts:
+            raise UsageError(
+                f"num_experts_per_tok must be at most num_experts; it is {self.num_experts_per_tok}, and there are "
+                f"{self.num_experts}"
+            )
+        if self.moe_intermediate_size is None:
+            assert self.intermediate_size is not None
+            activated = self.num_experts_per_tok + self.num_shared_experts
+            self.moe_intermediate_size = -(-self.intermediate_size // activated // 8) * 8
+        _positive("moe_intermediate_size", self.moe_intermediate_size)
+        if not 0 < self.routed_scaling_factor < float("inf"):
+            raise UsageError(f"routed_scaling_factor must be positive; it is {self.routed_scaling_factor}")
+
+    @property
+    def attention_kinds(self) -> tuple[str, ...]:
+        """The kind of attention of every Transformer block."""
+        pattern = self.attention_pattern
+        return tuple(pattern[block % len(pattern)] for block in range(self.num_hidden_layers))
+
+    def has_experts(self, block: int) -> bool:
+        """Whether the MLP of a Transformer block, counted from 0, is a mixture of experts."""
+        return self.num_experts > 0 and block >= self.first_k_dense_replace
 
     @property
     def num_layers(self) -> int:
@@ -122,38 +209,6 @@ class DecoderConfig(DecoderShape):
         return training_flops_per_token(self, context)
 
 
-_PRESETS: dict[str, dict[str, Any]] = {
-    # the default of `attnres compare`: minutes on two CPU cores
-    "tiny": {
-        "hidden_size": 128,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 512,
-        "initializer_range": 0.06,
-    },
-    "small": {
-        "hidden_size": 512,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "initializer_range": 0.03,
-    },
-    "medium": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 4},
-}
-
-
-def presets() -> list[str]:
-    """The names that `preset` knows."""
-    return list(_PRESETS)
-
-
-def preset(name: str) -> DecoderConfig:
-    """A named shape. Raises UsageError for an unknown name."""
-    if name not in _PRESETS:
-        raise UsageError(f"preset {name!r} is unknown; known: {', '.join(_PRESETS)}")
-    return DecoderConfig(**_PRESETS[name])
-
-
-def _positive(name: str, value: Any) -> None:
-    if not isinstance(value, int) or value < 1:
-        raise UsageError(f"{name} must be a positive whole number; it is {value!r}")
+def _positive(name: str, value: Any, least: int = 1) -> None:
+    if not isinstance(value, int) or value < least:
+        raise UsageError(f"{name} must be a {'positive' if least else 'non-negative'} whole number; it is {value!r}")
