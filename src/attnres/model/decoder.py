@@ -1,11 +1,12 @@
 """A decoder-only Transformer as a loop over its residual connection.
 
-Choices: pre-normalised attention and SwiGLU layers in turn, RMSNorm with weights, rotary positions, grouped-query
-attention, no biases, tied embeddings by default. The decoder never asks which mechanism its residual is; it hands over
+Choices: pre-normalised attention and MLP layers in turn, of the kinds that the config names (`layers`), RMSNorm with
+weights, no biases, tied embeddings by default. The decoder never asks which mechanism its residual is; it hands over
 each layer's norm, so that a mechanism can fuse it, and runs the layer on what comes back.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,12 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import UsageError
 from ..residual import State
-from .attention import Attention, Cache, Context, rotary_factors
+from .attention import Cache, Context, rotary_factors
+from .cache import KeyValueCache
 from .config import DecoderConfig
-from .feed_forward import FeedForward
+from .kda import KimiDeltaAttention
+from .layers import attention_layer, feed_forward_layer
+from .moe import MixtureOfExperts
 
 
 class Backbone(nn.Module):
@@ -33,7 +37,7 @@ class Backbone(nn.Module):
         self.layers = nn.ModuleList(
             layer
             for block in range(config.num_hidden_layers)
-            for layer in (Attention(config, block), FeedForward(config))
+            for layer in (attention_layer(config, block), feed_forward_layer(config, block))
         )
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not self.residual.pre_norm:
@@ -74,7 +78,12 @@ class Backbone(nn.Module):
         return state
 
     def context(self, tokens: int, device: torch.device, cache: Cache | None = None) -> Context:
-        """Positions and mask for `tokens` new tokens after those in the cache."""
+        """Positions and mask for `tokens` new tokens after those in the cache.
+
+        Raises UsageError for a cache of another architecture.
+        """
+        if isinstance(cache, KeyValueCache):
+            cache.claim(self.config)
         past = 0 if cache is None else cache.get_seq_length()
         positions = torch.arange(past, past + tokens, device=device)
         assert self.config.head_dim is not None
@@ -152,6 +161,9 @@ def initial_weights(decoder: Decoder, seed: int, device: torch.device) -> Iterat
             yield f"{name}.weight", value.normal_(std=initial_std(decoder, name), generator=generator)
         elif isinstance(module, nn.RMSNorm):
             yield f"{name}.weight", torch.ones(module.weight.shape, dtype=module.weight.dtype, device=device)
+        elif isinstance(module, KimiDeltaAttention | MixtureOfExperts):
+            for own_name, value in module.initial_values(partial(expert_std, decoder), generator, device):
+                yield f"{name}.{own_name}", value
 
 
 _ROLES = {"o_proj": "output", "down_proj": "output", "q_proj": "query_key", "k_proj": "query_key"}
@@ -162,9 +174,19 @@ def initial_std(decoder: Backbone, name: str) -> float:
 
     The residual connection has its say on the matrices of layers.
     """
-    std = decoder.config.initializer_range
     if not name.startswith("layers."):
-        return std
-    if decoder.residual.xavier_init:
-        std = (2 / sum(decoder.get_parameter(f"{name}.weight").shape)) ** 0.5
-    return std * decoder.residual.init_scale(_ROLES.get(name.rpartition(".")[2], "value"))
+        return decoder.config.initializer_range
+    shape = decoder.get_parameter(f"{name}.weight").shape
+    return _layer_std(decoder, _ROLES.get(name.rpartition(".")[2], "value"), sum(shape))
+
+
+def expert_std(decoder: Backbone, role: str) -> float:
+    """Standard deviation of the initial values of the experts' matrices of a role, "value" or "output"."""
+    assert decoder.config.moe_intermediate_size is not None
+    return _layer_std(decoder, role, decoder.config.moe_intermediate_size + decoder.config.hidden_size)
+
+
+def _layer_std(decoder: Backbone, role: str, inputs_and_outputs: int) -> float:
+    xavier = (2 / inputs_and_outputs) ** 0.5
+    std = xavier if decoder.residual.xavier_init else decoder.config.initializer_range
+    return std * decoder.residual.init_scale(role)
