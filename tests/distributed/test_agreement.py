@@ -63,6 +63,23 @@ def test_so_they_are_with_every_other_mechanism(world, mechanism):
     assert_equal(worst(world, Case({"shard": 2, "tp": 2}, {"residual": mechanism}, checkpointing=True, accumulate=2)))
 
 
+HYBRID = {
+    "attention_pattern": ("kda", "mla"),
+    "linear_chunk_size": 4,
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+    "first_k_dense_replace": 1,
+    **MODELS["block"],
+}
+
+
+@pytest.mark.parametrize("sizes", [{"tp": 2}, {"shard": 2}, {"shard": 2, "tp": 2}], ids=name)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_so_they_are_with_delta_attention_latent_attention_and_experts(world, sizes, checkpointing):
+    assert_equal(worst(world, Case(sizes, {**HYBRID, **PLAIN}, checkpointing=checkpointing, accumulate=2)))
+
+
 def test_without_the_sum_over_tp_the_replicated_gradients_are_wrong(world):
     found = worst(world, Case({"tp": 2}, MODELS["block"], reduce=False))
     error, parameter = found["gradients"]

@@ -36,6 +36,8 @@ def build_parts(
     for part in parts:
         if config.tie_word_embeddings and part.is_first and part.is_last:
             part.lm_head.weight = part.embed_tokens.weight  # some moves part them
+        for buffer in part.buffers():
+            buffer.zero_()  # the experts' balance, which begins at zero
         weights.place(part, weights.initial_values(config, seed))
         part.enable_checkpointing(checkpointing)
     return parts

@@ -105,12 +105,18 @@ class ParallelConfig:
             )
 
     def _check_tensor(self, model: DecoderConfig, context: int) -> None:
-        counts = {
-            "context": context,
-            "num_attention_heads": model.num_attention_heads,
-            "num_key_value_heads": model.num_key_value_heads,
-            "intermediate_size": model.intermediate_size,
-        }
+        counts: dict[str, int | None] = {"context": context}
+        kinds, experts = set(model.attention_kinds), [model.has_experts(i) for i in range(model.num_hidden_layers)]
+        if kinds & {"gqa", "mla"}:
+            counts["num_attention_heads"] = model.num_attention_heads
+        if "gqa" in kinds:
+            counts["num_key_value_heads"] = model.num_key_value_heads
+        if "kda" in kinds:
+            counts["linear_num_heads"] = model.linear_num_heads
+        if not all(experts):
+            counts["intermediate_size"] = model.intermediate_size
+        if any(experts):
+            counts["moe_intermediate_size"] = model.moe_intermediate_size
         for name, count in counts.items():
             assert count is not None
             if count % self.tp:

@@ -68,14 +68,13 @@ def footprints(
 
 def share(config: DecoderConfig, tp: int) -> DecoderConfig:
     """The shape as one of tp processes has it, the first: its heads, inner width and rows of the vocabulary."""
-    assert config.num_key_value_heads is not None and config.intermediate_size is not None
-    return dataclasses.replace(
-        config,
-        vocab_size=-(-config.vocab_size // tp),
-        num_attention_heads=config.num_attention_heads // tp,
-        num_key_value_heads=config.num_key_value_heads // tp,
-        intermediate_size=config.intermediate_size // tp,
-    )
+    names = ["num_attention_heads", "num_key_value_heads", "linear_num_heads"]
+    names += ["intermediate_size", "moe_intermediate_size"]
+    # no layer uses what does not divide (`ParallelConfig.check`)
+    sizes = {name: max(1, getattr(config, name) // tp) for name in names}
+    if "gqa" not in config.attention_kinds:
+        sizes["num_key_value_heads"] = sizes["num_attention_heads"]
+    return dataclasses.replace(config, vocab_size=-(-config.vocab_size // tp), **sizes)
 
 
 def _run(
@@ -152,7 +151,7 @@ def _autocast(precision: torch.dtype) -> torch.autocast:
 
 def _copies(model: Chunk, first: int, last: int, precision: torch.dtype) -> int:
     """Bytes of autocast's copies of the matrices of the layers first .. last - 1."""
-    matrices = [m.weight for layer in model.layers[first:last] for m in layer.modules() if isinstance(m, nn.Linear)]
+    matrices = [w for layer in model.layers[first:last] for w in layer.parameters() if w.dim() > 1]
     return sum(w.numel() * precision.itemsize for w in matrices if w.dtype != precision)
 
 

@@ -170,7 +170,9 @@ def _chunk_parameters(config: DecoderConfig, model: Chunk, first: int, last: int
 
 
 def _matrices(layer: nn.Module) -> list[Tensor]:
-    return [module.weight for module in layer.modules() if isinstance(module, nn.Linear)]
+    """Its parameters but for the input norm's, which stays gathered."""
+    norm = set(layer.get_submodule("norm").parameters())
+    return [parameter for parameter in layer.parameters() if parameter not in norm]
 
 
 def _rows(parameter: Tensor, shard: int) -> int:

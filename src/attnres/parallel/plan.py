@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..errors import UsageError
 from ..model import DecoderConfig
-from ..model.attention import Attention
+from ..model.accounting import layer_flops
 from . import timeline
 from .chunk import Chunk
 from .config import V_SHAPED, ParallelConfig
@@ -170,16 +169,12 @@ def plan(
 
 def chunk_flops(config: DecoderConfig, model: Chunk, cuts: list[int], context: int) -> list[float]:
     """Forward operations per token of every chunk of the whole `model`, counted as in `model.accounting`."""
-    assert config.head_dim is not None
-    attention = 4 * (context + 1) / 2 * config.num_attention_heads * config.head_dim
     found = []
     for first, last in itertools.pairwise(cuts):
-        layers = list(model.layers[first:last])
         is_last = last == config.num_layers
-        matrices = [m for part in [*layers, *[model.lm_head] * is_last] for m in part.modules() if type(m) is nn.Linear]
         found.append(
-            2 * sum(matrix.weight.numel() for matrix in matrices)
-            + attention * sum(isinstance(layer, Attention) for layer in layers)
+            sum(layer_flops(layer, context) for layer in model.layers[first:last])
+            + is_last * 2 * model.lm_head.weight.numel()
             + sum(model.residual.read_flops(layer) for layer in range(first, last + is_last))
         )
     return found

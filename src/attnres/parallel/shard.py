@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from ..model.attention import Attention
+from ..model.layers import ATTENTION_LAYERS
 
 
 def apply(module: nn.Module, mesh: DeviceMesh) -> None:
@@ -46,7 +46,7 @@ def transformer_blocks(layers: list[nn.Module]) -> list[list[nn.Module]]:
     """Successive layers in groups, each of which an attention begins (the first may have lost it to another stage)."""
     blocks: list[list[nn.Module]] = []
     for layer in layers:
-        if isinstance(layer, Attention) or not blocks:
+        if isinstance(layer, ATTENTION_LAYERS) or not blocks:
             blocks.append([])
         blocks[-1].append(layer)
     return blocks

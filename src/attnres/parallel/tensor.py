@@ -5,14 +5,22 @@ The residual connection and all norms work on plain tensors [B, T / tp, D], a pr
 T tokens of its input, computes with its share of the heads or of the inner width, and the sum over the processes is
 scattered back to tokens (sequence parallelism, arXiv 2205.05198, section 4.2). So what a mechanism keeps of earlier
 layers is split too, and reading over depth needs no communication.
+
+Grouped-query attention and dense MLPs run as DTensors. The others (`OWN_SHARE`) run on plain tensors with a process's
+own part of each split parameter, as if they were smaller: heads of latent and delta attention, the inner width of every
+expert. What they do not split, such as latents and routing, every process computes for all tokens, and its gradient is
+what follows from this process's share.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -21,10 +29,33 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from ..model.attention import Attention
+from ..model.attention import Attention, Context
 from ..model.feed_forward import FeedForward
+from ..model.kda import KimiDeltaAttention
+from ..model.mla import MultiHeadLatentAttention
+from ..model.moe import MixtureOfExperts
 
 TOKENS = Shard(1)
+
+# the dimension of each parameter that is split
+OWN_SHARE: dict[type[nn.Module], dict[str, int]] = {
+    MultiHeadLatentAttention: {"q_proj.weight": 0, "kv_b_proj.weight": 0, "o_proj.weight": 1},
+    KimiDeltaAttention: {
+        **{f"{name}.weight": 0 for name in ("q_proj", "k_proj", "v_proj", "f_b_proj", "g_b_proj", "b_proj")},
+        **{f"{name}_conv1d": 0 for name in ("q", "k", "v")},
+        "A_log": 0,
+        "dt_bias": 0,
+        "o_proj.weight": 1,
+    },
+    MixtureOfExperts: {
+        "gate_proj": 1,
+        "up_proj": 1,
+        "down_proj": 2,
+        "shared_experts.gate_proj.weight": 0,
+        "shared_experts.up_proj.weight": 0,
+        "shared_experts.down_proj.weight": 1,
+    },
+}
 
 
 def apply(module: nn.Module, mesh: DeviceMesh) -> None:
@@ -36,7 +67,10 @@ def apply(module: nn.Module, mesh: DeviceMesh) -> None:
     divide by tp. After the backward pass `reduce_replicated_gradients` must follow.
     """
     for layer in module.get_submodule("layers").children():
-        _split(layer, mesh, _layer_styles(layer))
+        if type(layer) in OWN_SHARE:
+            _run_on_own_share(layer, mesh)
+        else:
+            _split(layer, mesh, _layer_styles(layer))
         layer.register_forward_hook(_as_own_tensor)
     embedding, head = getattr(module, "embed_tokens", None), getattr(module, "lm_head", None)
     tied = embedding is not None and head is not None and head.weight is embedding.weight
@@ -100,6 +134,41 @@ def _split(module: nn.Module, mesh: DeviceMesh, styles: dict[str, ParallelStyle]
     for name, style in styles.items():
         # src_data_rank None: no process sends the others weights that they have already
         parallelize_module(module.get_submodule(name), mesh, style, src_data_rank=None)
+
+
+def _run_on_own_share(layer: nn.Module, mesh: DeviceMesh) -> None:
+    """Splits the parameters that OWN_SHARE names; the layer then takes and returns a process's own tokens."""
+    own = dict(layer.named_parameters())
+    split = []
+    for path, dim in OWN_SHARE[type(layer)].items():
+        if path in own:  # there may be no shared experts
+            owner, _, name = path.rpartition(".")
+            module = layer.get_submodule(owner)
+            part = distribute_tensor(own[path], mesh, [Shard(dim)], src_data_rank=None)
+            module.register_parameter(name, nn.Parameter(part))
+            split.append((module, name))
+    whole = layer.forward
+
+    def forward(x: Tensor, context: Context) -> Tensor:
+        gathered = DTensor.from_local(x, mesh, [TOKENS]).redistribute(placements=[Replicate()])
+        with _own_parts(split):
+            share = whole(gathered.to_local(grad_placements=[Partial()]), context)
+        return DTensor.from_local(share, mesh, [Partial()]).redistribute(placements=[TOKENS]).to_local()
+
+    layer.forward = forward  # type: ignore[method-assign]
+
+
+@contextmanager
+def _own_parts(split: list[tuple[nn.Module, str]]) -> Iterator[None]:
+    """The local parts in place of split parameters, which are the same tensors to autograd."""
+    held = [module._parameters[name] for module, name in split]
+    try:
+        for (module, name), parameter in zip(split, held, strict=True):
+            module._parameters[name] = parameter.to_local()  # type: ignore[assignment,union-attr]
+        yield
+    finally:
+        for (module, name), parameter in zip(split, held, strict=True):
+            module._parameters[name] = parameter
 
 
 def _as_own_tensor(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
