@@ -51,7 +51,9 @@ class Context(NamedTuple):
 
     cos, sin: [B or 1, T, E] rotary factors; mask: boolean [T, S], True where a query may look, or None for plain causal
     attention over the T tokens themselves; cache: keys and values of earlier tokens, or None; attend: what computes
-    attention, with the signature of `sdpa` (another one may want masks of another kind).
+    attention, with the signature of `sdpa` (another one may want masks of another kind); absorb: whether `attend` takes
+    the wide heads of latent attention's absorbed form; present: [B, T, 1], 0 at padding and else 1, for layers without
+    masks, or None for no padding.
     """
 
     cos: Tensor
@@ -59,6 +61,8 @@ class Context(NamedTuple):
     mask: Any = None
     cache: Cache | None = None
     attend: Callable[[Any, Tensor, Tensor, Tensor, Any], Tensor] = sdpa
+    absorb: bool = True
+    present: Tensor | None = None
 
 
 class Attention(nn.Module):

@@ -56,7 +56,8 @@ class MultiHeadLatentAttention(nn.Module):
         c_B1SR, p_B1SP = self.kv_a_layernorm(c_BTR).unsqueeze(1), p_BTP.unsqueeze(1)
         if context.cache is not None:
             c_B1SR, p_B1SP = context.cache.update(c_B1SR, p_B1SP, self.layer_idx)
-        attend = self.absorbed if self.absorbs(x_BTD.shape[1], c_B1SR.shape[2]) else self.expanded
+        is_absorbed = context.absorb and self.absorbs(x_BTD.shape[1], c_B1SR.shape[2])
+        attend = self.absorbed if is_absorbed else self.expanded
         return self.o_proj(attend(q_BHTE, c_B1SR, p_B1SP, context).flatten(2))
 
     def absorbs(self, new: int, tokens: int) -> bool:

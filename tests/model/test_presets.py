@@ -1,0 +1,85 @@
+"""The named shapes: what they count, and what the smallest hybrid does."""
+
+import pytest
+import torch
+
+from attnres.commands.flags import open_shape
+from attnres.errors import UsageError
+from attnres.model import Decoder, DecoderConfig, preset, presets
+
+SCALING = {"attnres-194m": 194, "attnres-241m": 241, "attnres-296m": 296, "attnres-436m": 436, "attnres-528m": 528}
+
+
+@pytest.mark.parametrize("name", SCALING)
+def test_the_scaling_table_is_met_within_three_percent(name):
+    """Paper section 7: activated parameters without embeddings."""
+    assert preset(name).parameter_counts()["activated"] == pytest.approx(SCALING[name] * 1e6, rel=0.03)
+
+
+def test_the_48b_model_is_the_published_one():
+    config = preset("kimi-linear-48b-a3b")
+    counts = config.parameter_counts()
+    assert counts["total"] == pytest.approx(49.1e9, rel=0.001)
+    assert counts["activated"] == pytest.approx(2.73e9, rel=0.001)
+    assert counts["embedding"] == 2 * 163840 * 2304
+    full = [block + 1 for block, kind in enumerate(config.attention_kinds) if kind == "mla"]
+    assert full == [4, 8, 12, 16, 20, 24, 27] and set(config.attention_kinds) == {"kda", "mla"}
+    residual = config.build_residual()
+    assert (residual.num_blocks, len(residual.block_starts)) == (9, 9) and config.num_layers == 54
+
+
+def test_activated_leaves_out_the_experts_that_a_token_does_not_meet():
+    shape = dict(vocab_size=11, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, residual="prenorm")
+    few = DecoderConfig(**shape, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=5).parameter_counts()
+    many = DecoderConfig(**shape, num_experts=9, num_experts_per_tok=2, moe_intermediate_size=5).parameter_counts()
+    assert many["total"] - few["total"] == 2 * 5 * (3 * 8 * 5 + 8)
+    assert many["activated"] - few["activated"] == 2 * 5 * 8  # rows of the router
+
+
+def test_operations_of_every_kind_by_hand():
+    shape = dict(vocab_size=11, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, residual="prenorm")
+    sizes = dict(kv_lora_rank=6, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=3, linear_head_dim=4)
+    experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=5)
+    common = 2 * (3 * 3 * 8 * 5 + 4 * 8) + 2 * 11 * 8  # three of five experts' MLPs, the router, the head
+
+    def forward(kind, context):
+        return DecoderConfig(**shape, **sizes, **experts, attention_pattern=(kind,)).flops_per_token(context) / 3
+
+    latent = 2 * (8 * 12 + 8 * 8 + 6 * 14 + 6 * 8)
+    assert forward("mla", 9) == common + latent + 2 * 5 * 2 * (6 + 3)
+    width = 2 * 4
+    delta = 2 * (4 * 8 * width + 2 * (8 * 4 + 4 * width) + 8 * 2 + 3 * 4 * width)
+    assert forward("kda", 9) == forward("kda", 999) == common + delta + width * (6 * 4 + 5 * 65)
+
+
+@pytest.mark.parametrize("name", presets())
+def test_presets_reopen_as_flags_show_them(name):
+    config = preset(name)
+    shape = open_shape(config)
+    shape.__post_init__()
+    assert all(getattr(config, field) == value for field, value in vars(shape).items())
+
+
+def test_open_sizes_follow_others():
+    shape = open_shape(preset("kimi-linear-48b-a3b"))
+    assert shape.linear_num_heads is None and shape.head_dim == 128 and shape.intermediate_size == 9216
+    assert open_shape(preset("tiny")).kv_lora_rank is None
+
+
+def test_the_tiny_hybrid_learns():
+    model = Decoder(preset("kimi-linear-tiny"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    tokens = torch.randint(0, 257, (2, 25), generator=torch.Generator().manual_seed(0))
+    losses = []
+    for _ in range(8):
+        loss = torch.nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 1
+
+
+def test_an_unknown_preset_is_refused():
+    with pytest.raises(UsageError, match="preset 'huge' is unknown; known: tiny, .*kimi-linear-48b-a3b"):
+        preset("huge")
