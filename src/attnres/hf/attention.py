@@ -12,11 +12,10 @@ from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import UsageError
-from ..model.attention import Attention
 
 
 def attend_by_config(
-    layer: Attention,
+    layer: Any,
     q_BHTE: Tensor,
     k_BKSE: Tensor,
     v_BKSE: Tensor,
@@ -26,7 +25,10 @@ def attend_by_config(
     **kwargs: Any,
 ) -> Tensor:
     """Attention [B, T, H, E] by the implementation that the config names; its weights [B, H, T, S] join `weights`."""
-    name = layer.config._attn_implementation  # type: ignore[attr-defined]
+    name = layer.config._attn_implementation
+    width = v_BKSE.shape[-1]
+    if "flash" in name:
+        v_BKSE = F.pad(v_BKSE, (0, q_BHTE.shape[-1] - width))  # such kernels want one width for keys and values
     function: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(name, _eager)
     output, probabilities = function(
         layer, q_BHTE, k_BKSE, v_BKSE, mask, dropout=0.0, scaling=layer.head_dim**-0.5, **kwargs
@@ -35,11 +37,11 @@ def attend_by_config(
         if probabilities is None:
             raise UsageError(f"output_attentions needs attn_implementation='eager'; it is {name!r}")
         weights.append(probabilities)
-    return output
+    return output[..., :width]
 
 
 def _eager(
-    layer: Attention, q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Tensor | None, scaling: float, **_: Any
+    layer: Any, q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Tensor | None, scaling: float, **_: Any
 ) -> tuple[Tensor, Tensor]:
     k_BHSE, v_BHSE = (x.repeat_interleave(layer.num_key_value_groups, 1) for x in (k_BKSE, v_BKSE))
     logits_BHTS = scaling * q_BHTE @ k_BHSE.transpose(2, 3)

@@ -59,6 +59,18 @@ class AttnResConfig(PreTrainedConfig, DecoderConfig):  # type: ignore[misc]  # f
                 raise UsageError(f"AttnResConfig has no field {name!r}; did you mean {near[0]!r}?")
         DecoderConfig.__post_init__(self)
         super().__post_init__(**kwargs)
+        if self.is_hybrid:
+            self.base_model_tp_plan = None  # transformers has no style for their parameters; attnres.parallel does
+
+    @property
+    def is_hybrid(self) -> bool:
+        """Whether there are layers other than grouped-query attention and dense MLPs."""
+        return self.num_experts > 0 or set(self.attention_kinds) != {"gqa"}
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What a Hugging Face cache keeps for each Transformer block."""
+        return ["linear_attention" if kind == "kda" else "full_attention" for kind in self.attention_kinds]
 
     def decoder_config(self) -> DecoderConfig:
         """The plain configuration of `attnres.model.Decoder`."""

@@ -20,9 +20,12 @@ from transformers.utils import can_return_tuple, logging
 from ..errors import Failure, UsageError
 from ..model import Decoder
 from ..model.attention import Context, rotary_factors
-from ..model.decoder import Backbone, initial_std
+from ..model.decoder import Backbone, expert_std, initial_std
+from ..model.kda import KimiDeltaAttention
+from ..model.moe import MixtureOfExperts
 from ..residual import Residual, State
 from .attention import attend_by_config
+from .cache import LayerCache, check_cache
 from .configuration import AttnResConfig
 from .dispatch import hidden_across_devices, is_dispatched
 from .runs import open_run
@@ -38,7 +41,14 @@ class AttnResPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     # norms are units of their own, since a residual connection reads a layer's norm before the layer runs
-    _no_split_modules = ["Attention", "FeedForward", "RMSNorm"]
+    _no_split_modules = [
+        "Attention",
+        "MultiHeadLatentAttention",
+        "KimiDeltaAttention",
+        "FeedForward",
+        "MixtureOfExperts",
+        "RMSNorm",
+    ]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -53,6 +63,12 @@ class AttnResPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.Linear) and hasattr(module, "initial_std"):
             std: Any = module.initial_std
             initialization.normal_(module.weight, std=std)
+        elif isinstance(module, KimiDeltaAttention | MixtureOfExperts):
+            stds: Any = module.initial_stds
+            for name, value in module.initial_values(stds.__getitem__, None, next(module.parameters()).device):
+                initialization.copy_(getattr(module, name), value)
+            for buffer in module.buffers(recurse=False):
+                initialization.zeros_(buffer)
         else:
             super()._init_weights(module)
 
@@ -68,6 +84,12 @@ class AttnResModel(AttnResPreTrainedModel, Backbone):
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 module.initial_std = initial_std(self, name)  # type: ignore[assignment]
+            elif isinstance(module, KimiDeltaAttention | MixtureOfExperts):
+                stds = {role: expert_std(self, role) for role in ("value", "output")}
+                module.initial_stds = stds  # type: ignore[assignment]
+        if config.is_hybrid:
+            self._can_compile_fullgraph = False  # the sizes of experts' batches go to the host
+        self._is_stateful = "linear_attention" in config.layer_types
         self.post_init()
 
     @property
@@ -114,9 +136,11 @@ class AttnResModel(AttnResPreTrainedModel, Backbone):
             # computing a block again would add its keys and values a second time
             use_cache, past_key_values = False, None
         elif use_cache is None:
-            use_cache = self.config.use_cache
+            use_cache = self.config.use_cache and "full_attention" in self.config.layer_types
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        if past_key_values is not None:
+            check_cache(past_key_values, self.config)
         if position_ids is None:
             past = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past)[None]
@@ -142,8 +166,18 @@ class AttnResModel(AttnResPreTrainedModel, Backbone):
         )
         assert self.config.head_dim is not None
         cos, sin = rotary_factors(position_ids, self.config.head_dim, self.config.rope_theta)
-        context = Context(cos, sin, mask, past_key_values, attend)
         run = hidden_across_devices if is_dispatched(self) else Backbone.hidden
+        context = Context(
+            cos,
+            sin,
+            mask,
+            None if past_key_values is None else LayerCache(past_key_values),
+            attend,
+            # accelerate brings weights for calls of modules, and the absorbed form calls none; flash kernels want heads
+            # of at most 256
+            absorb=not is_dispatched(self) and self.config._attn_implementation in ("sdpa", "eager"),
+            present=_present(attention_mask, inputs_embeds),
+        )
         hidden = run(self, inputs_embeds, context, observe if output_hidden_states else None)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
@@ -151,6 +185,13 @@ class AttnResModel(AttnResPreTrainedModel, Backbone):
             hidden_states=(*reads, hidden) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
         )
+
+
+def _present(attention_mask: Tensor | None, inputs_embeds: Tensor) -> Tensor | None:
+    """[B, T, 1], 0 where a new token is padding, or None if there is no such mask."""
+    if attention_mask is None or attention_mask.dim() != 2:
+        return None
+    return attention_mask[:, -inputs_embeds.shape[1] :, None].to(inputs_embeds.dtype)
 
 
 class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
@@ -163,6 +204,8 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = AttnResModel(config)
         self.vocab_size = config.vocab_size
+        self._is_stateful = self.model._is_stateful
+        self._can_compile_fullgraph = self.model._can_compile_fullgraph
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
