@@ -40,8 +40,7 @@ class CompareFlags(RunConfig):
     parallel: tyro.conf.SuppressFixed[tyro.conf.Fixed[ParallelConfig]] = field(default_factory=ParallelConfig)
     config: Path | None = None
     """YAML file with any of these settings; flags win over it."""
-    preset: str | None = None
-    """Shape to start from: tiny, small, medium; tiny if none is named."""
+    preset: flags.PresetName = None
     model: DecoderShape = field(default_factory=DecoderShape)
     """Shape of the models."""
     residual: ResidualFlags = field(default_factory=ResidualFlags)
@@ -58,7 +57,10 @@ def run(argv: Sequence[str]) -> int:
         residuals=names,
         seeds=seeds_of(given.seeds),
         train=flags.train_config(given, given.model, names[0], {}),
-        residual_options=options_of(names, flags.chosen_options(given.residual)),
+        residual_options={
+            name: flags.options_for(name, options, given.preset)
+            for name, options in options_of(names, flags.chosen_options(given.residual)).items()
+        },
     )
     results = compare(config, command=shlex.join(["attnres", "compare", *argv]))
     print(table(results))

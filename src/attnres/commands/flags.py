@@ -18,10 +18,13 @@ import yaml
 
 from .. import residual as residuals
 from ..errors import UsageError
-from ..model import DecoderConfig, DecoderShape
+from ..model import DecoderConfig, DecoderShape, preset, presets
 from ..train.config import RunConfig, TrainConfig
 
 T = TypeVar("T")
+PresetName = Annotated[
+    str | None, tyro.conf.arg(help=f"Shape to start from: {', '.join(presets())}; tiny if none is named.")
+]
 OPTION_HELP = r"^ *%s: (.*?)(?=^ *\w+: |\n\n)"  # its entry under "Args:" in a docstring
 
 
@@ -108,8 +111,8 @@ def open_shape(model: DecoderShape) -> DecoderShape:
     sizes = {f.name: getattr(model, f.name) for f in dataclasses.fields(DecoderShape)}
     shape = DecoderShape(**sizes)
     for name in (f.name for f in dataclasses.fields(DecoderShape) if f.default is None):
-        if name == "head_dim" and model.hidden_size % model.num_attention_heads:
-            continue
+        if name == "head_dim" and sizes[name] * model.num_attention_heads != model.hidden_size:
+            continue  # without it the heads may not fit
         if getattr(DecoderShape(**{**sizes, name: None}), name) == sizes[name]:
             setattr(shape, name, None)
     return shape
@@ -152,6 +155,14 @@ def chosen_options(flags: Any) -> dict[str, Any]:
         for f in dataclasses.fields(flags)
         if f.name != "name" and getattr(flags, f.name) is not None
     }
+
+
+def options_for(mechanism: str, chosen: dict[str, Any], preset_name: str | None) -> dict[str, Any]:
+    """The options that were given for a mechanism; or, if none was, the preset's for its own."""
+    if chosen or not preset_name:
+        return chosen
+    named = preset(preset_name)
+    return named.residual_options if mechanism == named.residual else {}
 
 
 def train_config(flags: RunConfig, shape: DecoderShape, name: str, options: dict[str, Any]) -> TrainConfig:

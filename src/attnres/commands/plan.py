@@ -39,8 +39,7 @@ class PlanFlags(Cluster):
     """How the run is split over processes."""
     config: Path | None = None
     """YAML file with any of these settings; flags win over it."""
-    preset: str | None = None
-    """Shape to start from: tiny, small, medium; tiny if none is named."""
+    preset: flags.PresetName = None
     model: DecoderShape = field(default_factory=DecoderShape)
     """Shape of the model."""
     residual: ResidualFlags = field(default_factory=ResidualFlags)
@@ -51,7 +50,7 @@ def run(argv: Sequence[str]) -> int:
     file = flags.peek(argv, "config")["config"]
     shape = flags.peek([*flags.of_file(file, PlanFlags), *argv], "preset")["preset"] or "tiny"
     given = flags.parse(PlanFlags, argv, "plan", PlanFlags(model=flags.open_shape(preset(shape))), file)
-    options = flags.chosen_options(given.residual)
+    options = flags.options_for(given.residual.name, flags.chosen_options(given.residual), given.preset)
     model = DecoderConfig(**asdict(given.model), residual=given.residual.name, residual_options=options)
     dtype = getattr(torch, given.precision)
     found = plan(model, given.parallel, given.batch_size, given.context, dtype, given.checkpointing, given)

@@ -28,8 +28,7 @@ class TrainFlags(RunConfig):
     """Go on with the run in --out; its saved settings are the defaults."""
     config: Path | None = None
     """YAML file with any of these settings; flags win over it."""
-    preset: str | None = None
-    """Shape to start from: tiny, small, medium; tiny if none is named."""
+    preset: flags.PresetName = None
     model: DecoderShape = field(default_factory=DecoderShape)
     """Shape of the model."""
     residual: ResidualFlags = field(default_factory=ResidualFlags)
@@ -47,7 +46,8 @@ def run(argv: Sequence[str]) -> int:
     if early["preset"]:
         default.model = flags.open_shape(preset(early["preset"]))
     given = flags.parse(TrainFlags, argv, "train", default, file)
-    config = flags.train_config(given, given.model, given.residual.name, flags.chosen_options(given.residual))
+    options = flags.options_for(given.residual.name, flags.chosen_options(given.residual), given.preset)
+    config = flags.train_config(given, given.model, given.residual.name, options)
     result = train(config, given.resume)
     if result.finished and os.environ.get("RANK", "0") == "0":
         print(f"validation loss {result.val_loss:.4f} after {result.tokens:,} tokens; saved in {config.out}")
