@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from ..model import DecoderConfig
 from ..model.decoder import stream_dtype
+from ..model.moe import Experts, MixtureOfExperts
 from ..ops.dispatch import shapes_only
 from ..residual import State
 from .chunk import Chunk
@@ -155,6 +157,16 @@ def _copies(model: Chunk, first: int, last: int, precision: torch.dtype) -> int:
     return sum(w.numel() * precision.itemsize for w in matrices if w.dtype != precision)
 
 
+def _first_expert(layer: MixtureOfExperts, _: object) -> Experts:
+    """All rows to one expert, since there is no routing without data: what is kept is the same for any routing."""
+
+    def run(x_RD: Tensor, count_E: Tensor) -> Tensor:
+        gate_RI, up_RI = F.linear(x_RD, layer.gate_proj[0]), F.linear(x_RD, layer.up_proj[0])
+        return F.linear(F.silu(gate_RI) * up_RI, layer.down_proj[0])
+
+    return run
+
+
 def _model(config: DecoderConfig, context: int, tp: int, precision: torch.dtype) -> Chunk:
     """The whole model as one of tp processes has it, with fake parameters; its layers take and return T / tp tokens."""
     with torch.device("meta"):
@@ -163,6 +175,10 @@ def _model(config: DecoderConfig, context: int, tp: int, precision: torch.dtype)
     for module in model.modules():  # Module.to would not do for tensors without data
         for name, parameter in list(module.named_parameters(recurse=False)):
             module.register_parameter(name, nn.Parameter(torch.empty(parameter.shape, dtype=dtype)))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+        if isinstance(module, MixtureOfExperts):
+            module.exchange = partial(_first_expert, module)
     model.residual.lean = True
     if tp > 1:
         for module in (*model.layers, model.lm_head):
