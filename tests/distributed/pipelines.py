@@ -20,8 +20,21 @@ CPU = torch.device("cpu")
 VOCABULARY, CONTEXT, WIDTH = 19, 6, 8
 
 
-def shape(residual: str = "block_attnres", blocks: int = 6, tied: bool = False, **options: Any) -> DecoderConfig:
+HYBRID = {
+    "attention_pattern": ("kda", "mla"),
+    "linear_chunk_size": 4,
+    "num_experts": 3,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 4,
+    "first_k_dense_replace": 1,
+}
+
+
+def shape(
+    residual: str = "block_attnres", blocks: int = 6, tied: bool = False, hybrid: bool = False, **options: Any
+) -> DecoderConfig:
     return DecoderConfig(
+        **(HYBRID if hybrid else {}),
         vocab_size=VOCABULARY,
         hidden_size=WIDTH,
         num_hidden_layers=blocks,

@@ -52,6 +52,8 @@ FOUR = [
     case(BLOCK, "Interleaved1F1B", 2, pp=2, shard=2, count=4, checkpointing=True),
     case(BLOCK, "ZBVZeroBubble", 2, pp=2, shard=2, count=4, model={"tied": True}),
     case(PLAIN, pp=2, tp=2, count=4),
+    case(BLOCK, "Interleaved1F1B", 2, pp=2, tp=2, count=4, model={"hybrid": True}),
+    case(BLOCK, pp=2, shard=2, count=4, checkpointing=True, model={"hybrid": True}),
 ]
 TWO = [case(BLOCK, "Interleaved1F1B", 4, pp=2, count=2 + 2 * i, model={"block_size": 1 + 2 * i}) for i in range(2)]
 EIGHT = [

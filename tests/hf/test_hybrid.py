@@ -111,7 +111,7 @@ def test_checkpointing_gives_the_same_gradients(model):
 
 
 def test_a_cache_of_another_architecture_is_refused(model):
-    with pytest.raises(UsageError, match="another architecture.*DynamicCache"):
+    with pytest.raises(UsageError, match=r"another architecture.*DynamicCache"):
         model(IDS, past_key_values=DynamicCache())
     dense = AttnResForCausalLM(AttnResConfig(**{**SHAPE, "attention_pattern": ("gqa",)}))
     with pytest.raises(UsageError, match="another architecture"):

@@ -81,5 +81,5 @@ def test_the_tiny_hybrid_learns():
 
 
 def test_an_unknown_preset_is_refused():
-    with pytest.raises(UsageError, match="preset 'huge' is unknown; known: tiny, .*kimi-linear-48b-a3b"):
+    with pytest.raises(UsageError, match=r"preset 'huge' is unknown; known: tiny, .*kimi-linear-48b-a3b"):
         preset("huge")

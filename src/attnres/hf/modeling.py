@@ -65,7 +65,8 @@ class AttnResPreTrainedModel(PreTrainedModel):
             initialization.normal_(module.weight, std=std)
         elif isinstance(module, KimiDeltaAttention | MixtureOfExperts):
             stds: Any = module.initial_stds
-            for name, value in module.initial_values(stds.__getitem__, None, next(module.parameters()).device):
+            generator: Any = None  # torch's own
+            for name, value in module.initial_values(stds.__getitem__, generator, next(module.parameters()).device):
                 initialization.copy_(getattr(module, name), value)
             for buffer in module.buffers(recurse=False):
                 initialization.zeros_(buffer)

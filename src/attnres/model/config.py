@@ -110,9 +110,8 @@ class DecoderShape:
         self.attention_pattern = tuple(self.attention_pattern)  # a list if it comes from a JSON file
         for kind in self.attention_pattern:
             if kind not in ATTENTION_KINDS:
-                raise UsageError(
-                    f"attention_pattern has the unknown kind {kind!r}; known: {', '.join(ATTENTION_KINDS)}"
-                )
+                known = ", ".join(ATTENTION_KINDS)
+                raise UsageError(f"attention_pattern has the unknown kind {kind!r}; known: {known}")
         if not self.attention_pattern:
             raise UsageError("attention_pattern is empty; name at least one kind, such as gqa")
         assert self.head_dim is not None

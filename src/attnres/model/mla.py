@@ -17,6 +17,7 @@ Shape suffixes as in `attention`, and R latent width, P shared key width, N widt
 import torch
 from torch import Tensor, nn
 
+from ..residual.base import normed
 from .attention import Context
 from .config import DecoderConfig
 
@@ -53,7 +54,7 @@ class MultiHeadLatentAttention(nn.Module):
         """The layer's output [B, T, D] for its already normalised input [B, T, D]."""
         q_BHTE = self.q_proj(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         c_BTR, p_BTP = self.kv_a_proj_with_mqa(x_BTD).split([self.rank, self.shared], -1)
-        c_B1SR, p_B1SP = self.kv_a_layernorm(c_BTR).unsqueeze(1), p_BTP.unsqueeze(1)
+        c_B1SR, p_B1SP = normed(c_BTR, self.kv_a_layernorm).unsqueeze(1), p_BTP.unsqueeze(1)
         if context.cache is not None:
             c_B1SR, p_B1SP = context.cache.update(c_B1SR, p_B1SP, self.layer_idx)
         is_absorbed = context.absorb and self.absorbs(x_BTD.shape[1], c_B1SR.shape[2])
