@@ -1,6 +1,6 @@
-"""The delta rule with a decay for every channel, which Kimi Delta Attention runs on (arXiv 2510.26692, sections 3 and 4).
+"""The delta rule with a decay for every channel, as in Kimi Delta Attention (arXiv 2510.26692, sections 3 and 4).
 
-Each head has a state S [K, V], a linear map from keys to values. With g <= 0 the log-decay and beta the writing strength:
+Each head has a state S [K, V], a linear map from keys to values. With g <= 0 the log-decay and beta the step:
 
     S <- diag(exp(g_t)) S,   S <- S + beta_t k_t (v_t - S^T k_t)^T,   o_t = S^T q_t / sqrt(K)
 
@@ -43,7 +43,7 @@ def delta_rule(
     cu_seqlens: Tensor | None = None,
     chunk_size: int = 64,
 ) -> tuple[Tensor, Tensor]:
-    """Output o and final state by the fastest form: `recurrent` for a single token, else `chunked`, or for half precision
+    """Output o and final state by the fastest form: `recurrent` for one token, else `chunked`, or for half precision
     on CUDA `fused` where flash-linear-attention is installed. Arguments and errors are those of `chunked`."""
     if v.is_cuda and v.dtype in (torch.bfloat16, torch.float16) and fla_is_installed():
         return fused(q, k, v, g, beta, initial_state, cu_seqlens)
