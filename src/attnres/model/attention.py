@@ -53,7 +53,7 @@ class Context(NamedTuple):
     attention over the T tokens themselves; cache: keys and values of earlier tokens, or None; attend: what computes
     attention, with the signature of `sdpa` (another one may want masks of another kind); absorb: whether `attend` takes
     the wide heads of latent attention's absorbed form; present: [B, T, 1], 0 at padding and else 1, for layers without
-    masks, or None for no padding; cu_seqlens: int [N + 1], where the N sequences that a row (B = 1) holds begin and end,
+    masks, or None for no padding; cu_seqlens: int [N + 1], where the N sequences of a single row begin and end,
     for linear attention layers, or None.
     """
 
