@@ -103,7 +103,9 @@ class KimiDeltaAttention(nn.Module):
         q_BTHE, k_BTHE, v_BTHE, conv = self._convolved(mixed_BT3N, earlier, cu_seqlens)
         wide = torch.promote_types(x_BTD.dtype, torch.float32)
         A_H1, dt_HE = self.A_log.to(wide).exp()[:, None], self.dt_bias.to(wide).unflatten(0, (-1, self.head_dim))
-        g_BTHE = -A_H1 * F.softplus(self._heads(self.f_b_proj(self.f_a_proj(x_BTD))).to(wide) + dt_HE)
+        rate_BTHE = self._heads(self.f_b_proj(self.f_a_proj(x_BTD))).to(wide) + dt_HE
+        # softplus; the gradient of torch's own has strides that a compiler does not expect
+        g_BTHE = -A_H1 * torch.logaddexp(rate_BTHE, torch.zeros_like(rate_BTHE))
         o_BTHE, memory = delta_rule(
             _unit(q_BTHE.to(wide)),
             _unit(k_BTHE.to(wide)),
