@@ -8,7 +8,7 @@ import torch
 
 from attnres.errors import UsageError
 from attnres.model import Decoder, DecoderConfig
-from attnres.model.generate import generate
+from attnres.model.generate import KeyValueCache, generate
 
 VOCABULARY = 23
 PROMPT = torch.tensor([3, 1, 4, 1, 5])
@@ -38,6 +38,32 @@ def test_greedy_with_the_cache_equals_greedy_without(name):
     expected = without_cache(model, PROMPT, 27)
     assert list(generate(model, PROMPT, 27, temperature=0)) == expected
     assert len(set(expected)) > 3
+
+
+@pytest.mark.parametrize("name", ["prenorm", "full_attnres", "block_attnres"])
+@pytest.mark.parametrize("chunk", [1, 2, 5, 9])
+def test_a_prompt_read_in_chunks_gives_the_same_tokens(name, chunk):
+    model = decoder(name)
+    lengths = []
+    model.embed_tokens.register_forward_hook(lambda *call: lengths.append(call[-1].shape[1]))
+    expected = without_cache(decoder(name), PROMPT, 20)
+    assert list(generate(model, PROMPT, 20, temperature=0, prefill_chunk=chunk)) == expected
+    assert max(lengths) == min(chunk, 5) and sum(lengths) == 5 + 19
+
+
+def test_logits_do_not_depend_on_the_chunk():
+    model, prompt = decoder(), torch.arange(20) % VOCABULARY
+    with torch.no_grad():
+        whole = model(prompt[None])
+        for size in (1, 3, 7, 20):
+            cache = KeyValueCache()
+            parts = torch.cat([model(chunk, cache) for chunk in prompt[None].split(size, 1)], 1)
+            torch.testing.assert_close(parts, whole, rtol=1e-10, atol=1e-10)
+
+
+def test_a_chunk_of_no_tokens_is_refused():
+    with pytest.raises(UsageError, match="prefill_chunk"):
+        next(generate(decoder(), PROMPT, 1, prefill_chunk=0))
 
 
 LOGITS = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(0))

@@ -23,12 +23,15 @@ def generate(
     top_k: int | None = None,
     seed: int = 0,
     end: int | None = None,
+    prefill_chunk: int | None = None,
 ) -> Iterator[int]:
     """Yields token ids that continue the prompt [T].
 
     temperature 0 takes the likeliest token; top_k draws from that many likeliest ones; `end` is the id that ends the
-    text. Raises UsageError for an empty prompt, one that leaves no room in the model's context, or settings out of
-    range.
+    text. prefill_chunk: read the prompt so many tokens at a time, so that a residual connection's state has at most
+    that length (the sources of depth attention: N x prefill_chunk x D); the default reads it at once.
+
+    Raises UsageError for an empty prompt, one that leaves no room in the model's context, or settings out of range.
     """
     longest = model.config.max_position_embeddings
     if prompt.dim() != 1:
@@ -40,13 +43,18 @@ def generate(
             "temperature must be zero or more, top_k and the number of new tokens positive; "
             f"they are {temperature}, {top_k} and {max_new_tokens}"
         )
+    if prefill_chunk is not None and prefill_chunk < 1:
+        raise UsageError(f"prefill_chunk must be a positive number of tokens, or None; it is {prefill_chunk}")
     if len(prompt) + max_new_tokens > longest:
         raise UsageError(
             f"prompt and new tokens must fit the model's context of {longest} tokens; they are {len(prompt)} and "
             f"{max_new_tokens}: shorten the prompt or ask for fewer tokens"
         )
     generator = torch.Generator(prompt.device).manual_seed(seed)
-    cache, tokens = KeyValueCache(), prompt[None]
+    cache = KeyValueCache()
+    *earlier, tokens = prompt[None].split(prefill_chunk or len(prompt), 1)
+    for chunk in earlier:
+        model(chunk, cache)
     for _ in range(max_new_tokens):
         logits = model(tokens, cache)[0, -1].float()
         if temperature < torch.finfo(logits.dtype).tiny:
