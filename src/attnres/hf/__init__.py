@@ -1,7 +1,7 @@
 """AttnRes in the Hugging Face ecosystem: a native model, conversion of existing ones, evaluation.
 
-Importing this package registers the model with transformers: AutoConfig, AutoModel and AutoModelForCausalLM then know
-model_type "attnres". Raises UsageError where transformers is missing.
+Importing this package registers the models with transformers: AutoConfig, AutoModel and AutoModelForCausalLM then know
+model_type "attnres" and those of converted models. Raises UsageError where transformers is missing.
 """
 
 from ..errors import UsageError
@@ -13,10 +13,22 @@ except ImportError as error:
 
 from .configuration import AttnResConfig
 from .convert import convert, load
+from .convert_classes import add_to_transformers
 from .modeling import AttnResForCausalLM, AttnResModel
 
-AutoConfig.register(AttnResConfig.model_type, AttnResConfig, exist_ok=True)
-AutoModel.register(AttnResConfig, AttnResModel, exist_ok=True)
-AutoModelForCausalLM.register(AttnResConfig, AttnResForCausalLM, exist_ok=True)
 
-__all__ = ["AttnResConfig", "AttnResForCausalLM", "AttnResModel", "convert", "load"]
+def register() -> None:
+    """Makes the models known to transformers; vLLM and SGLang call it in each of their processes, as a plug-in.
+
+    Importing this package has done it already, for converted models too.
+    """
+    AutoConfig.register(AttnResConfig.model_type, AttnResConfig, exist_ok=True)
+    AutoModel.register(AttnResConfig, AttnResModel, exist_ok=True)
+    AutoModelForCausalLM.register(AttnResConfig, AttnResForCausalLM, exist_ok=True)
+    for model_class in (AttnResModel, AttnResForCausalLM):
+        add_to_transformers(model_class)
+
+
+register()
+
+__all__ = ["AttnResConfig", "AttnResForCausalLM", "AttnResModel", "convert", "load", "register"]

@@ -37,7 +37,8 @@ def attend_by_config(
         if probabilities is None:
             raise UsageError(f"output_attentions needs attn_implementation='eager'; it is {name!r}")
         weights.append(probabilities)
-    return output[..., :width]
+    # inference engines answer with all heads of a token in one row
+    return output.reshape(*q_BHTE.transpose(1, 2).shape[:3], -1)[..., :width]
 
 
 def _eager(

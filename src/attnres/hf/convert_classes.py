@@ -9,6 +9,7 @@ import functools
 import importlib
 from typing import Any
 
+import transformers
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -88,10 +89,13 @@ def converted_config_class(original: Any) -> Any:
         "__post_init__": __post_init__,
         "model_type": TYPE_PREFIX + original.model_type,
         "original": original,
+        # engines that split a model into stages hand on hidden states, where here the whole state must go along
+        "base_model_pp_plan": None,
         "residual": "block_attnres",
         "residual_options": None,
     }
     converted: Any = type(CLASS_PREFIX + original.__name__, (original,), body)
+    globals()[converted.__name__] = converted  # where pickle looks for it, when an engine sends it to its workers
     AutoConfig.register(converted.model_type, converted, exist_ok=True)
     _share_checkpoint_layout(original.model_type, converted.model_type)
     _share_tokenizer(original.model_type, converted.model_type)
@@ -144,9 +148,15 @@ def converted_model_class(original: Any) -> Any:
     }
     _share_checkpoint_layout(original.__name__, CLASS_PREFIX + original.__name__)
     converted = type(CLASS_PREFIX + original.__name__, (original,), body)
+    add_to_transformers(converted)
     # transformers enters a class when it is instantiated; a model converted in place never is
     dict.__setitem__(output_capturing._CAN_RECORD_REGISTRY, str(converted), original._can_record_outputs)
     return converted
+
+
+def add_to_transformers(model_class: type) -> None:
+    """Makes a model class an attribute of transformers, where servers look up what a config's `architectures` names."""
+    setattr(transformers, model_class.__name__, model_class)
 
 
 def upgrade(model: Any) -> None:

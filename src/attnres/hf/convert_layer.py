@@ -1,8 +1,8 @@
 """The converted decoder layer: the state of the residual connection travels where hidden states used to.
 
 transformers' own loop over decoder layers stays as it is, and with it masks, caches, positions, generation and
-checkpointing. The first layer gets the embedding and starts the state, every layer reads and writes it, and the final
-norm gets the last one.
+checkpointing. The first layer gets the embedding and starts the state, every layer reads and writes it, and the last one
+finishes it for the final norm.
 """
 
 import copy
@@ -70,8 +70,10 @@ class ConvertedLayer(nn.Module):
     """Of the original forward, after the hidden states."""
     first: int
     """This layer's attention among all layers of the residual connection; its MLP is the one after."""
+    last: bool
+    """Whether the final norm comes next."""
 
-    def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> DepthStream:
+    def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> DepthStream | Tensor:
         entry, attention, mlp = self.architecture, self.first, self.first + 1
         kwargs.update(zip(self.argument_names, args, strict=False))
         for name in entry.refused_arguments:
@@ -86,7 +88,7 @@ class ConvertedLayer(nn.Module):
             state = residual.write(state, attention, self._attend(h, kwargs))
             h, state = residual.read(state, mlp)
             state = residual.write(state, mlp, self._feed_forward(h))
-        return DepthStream(state, mlp + 1)
+        return residual.finish(state) if self.last else DepthStream(state, mlp + 1)
 
     def _parallel(self, residual: Residual, state: State, arguments: dict[str, Any]) -> State:
         """Both sublayers read the state before either has written, each with its own query."""
@@ -103,7 +105,8 @@ class ConvertedLayer(nn.Module):
             return hidden_states.state
         if self.first:
             raise UsageError(
-                "only the first decoder layer takes hidden states; later ones take the output of the one before"
+                "only the first decoder layer takes hidden states; later ones take the output of the one before, also "
+                "from another stage of a pipeline"
             )
         return residual.start(hidden_states)
 
@@ -139,32 +142,19 @@ def converted_layer_class(original: type[nn.Module], entry: Architecture) -> typ
 
 
 def attach(base: Any, residual: Residual, entry: Architecture) -> None:
-    """Gives a base model the residual connection, its decoder layers their new forward, its norm the last read."""
+    """Gives a base model the residual connection, and its decoder layers their new forward."""
     base.residual = residual
-    for i, layer in enumerate(getattr(base, entry.layers)):
+    layers = getattr(base, entry.layers)
+    for i, layer in enumerate(layers):
         layer.__class__ = converted_layer_class(type(layer), entry)
-        layer.first = 2 * i
-        _refer(layer, base)
-    norm = getattr(base, entry.final_norm)
-    _refer(norm, base)
-    norm.register_forward_pre_hook(_finish)
-
-
-def _refer(module: nn.Module, base: nn.Module) -> None:
-    # past nn.Module.__setattr__, or the base model would become a submodule of its own submodule
-    vars(module)["converted_model"] = base
+        layer.first, layer.last = 2 * i, i + 1 == len(layers)
+        # past nn.Module.__setattr__, or the base model would become a submodule of its own submodule
+        vars(layer)["converted_model"] = base
 
 
 def residual_of(module: Any) -> Residual:
     # looked up at each call: adapters put a trainable copy in the residual connection's place
     return module.converted_model.residual
-
-
-def _finish(norm: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    if not isinstance(args[0], DepthStream):
-        return None
-    stream = args[0]
-    return (rows_on(residual_of(norm), stream.device).finish(stream.state), *args[1:])
 
 
 def rows_on(residual: Residual, device: torch.device) -> Residual:

@@ -128,6 +128,11 @@ class AttnResModel(AttnResPreTrainedModel, Backbone):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise UsageError("give either input_ids or inputs_embeds, not both or none")
+        if any(isinstance(layer, nn.Identity) for layer in self.layers):
+            raise UsageError(
+                "the model must be whole: pipeline stages would have to hand on the whole state of the residual "
+                "connection, and this engine's hand on hidden states; use tensor parallelism"
+            )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         recomputed = self.checkpointing and torch.is_grad_enabled()
