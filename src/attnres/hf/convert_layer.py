@@ -1,8 +1,8 @@
 """The converted decoder layer: the state of the residual connection travels where hidden states used to.
 
 transformers' own loop over decoder layers stays as it is, and with it masks, caches, positions, generation and
-checkpointing. The first layer gets the embedding and starts the state, every layer reads and writes it, and the last one
-finishes it for the final norm.
+checkpointing. The first layer gets the embedding and starts the state, every layer reads and writes it, and the last
+layer finishes it for the final norm.
 """
 
 import copy
