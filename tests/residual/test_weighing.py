@@ -24,7 +24,7 @@ def weights_of(res, i, values, heads, query, mixing, key_normalised, null_source
     if mixing == "static":
         return (res.static_weight[i, :n] / n).view(n, 1, 1, 1, 1)
     if query == "input":
-        q = (rms_norm(values[-1].flatten(-2)) @ res.query_proj[i].T).unflatten(-1, (heads, -1))
+        q = (rms_norm(values[-1].flatten(-2)) @ res.query_proj[i].T / DIM).unflatten(-1, (heads, -1))
     else:
         q = res.pseudo_query[i].view(heads, -1)
     keys = rms_norm(values, res.key_norm[i].view(heads, -1)) if key_normalised else values

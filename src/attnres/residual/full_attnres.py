@@ -41,8 +41,8 @@ class FullAttnRes(DepthAttention):
             itself and not its mean, so that the eps of the norm that follows never bites (the decoder's default).
         schedule: "layerwise", "two_phase", or "auto", which is layerwise.
         window: W, attend to the embedding and the last W layer outputs only; None for all.
-        query: "learned", the pseudo-query w_l; or "input", W_l RMSNorm(v) of the newest source v with a D x D matrix a
-            layer.
+        query: "learned", the pseudo-query w_l; or "input", W_l RMSNorm(v) / D of the newest source v with a D x D
+            matrix a layer.
         mixing: "softmax" over the sources; "sigmoid" of each logit alone; or "static", learned scalars without
             queries and keys.
         key_normalised: RMSNorm on the keys; without it a key is the source itself.

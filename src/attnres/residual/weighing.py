@@ -1,6 +1,6 @@
 """How a read of AttnRes weighs its sources: the published form, and every switch of the paper's ablation (section 8).
 
-    z_i = q . k_i / temperature              q = w_l, or W_l RMSNorm(v_newest);  k_i = RMSNorm_l(v_i), or v_i
+    z_i = q . k_i / temperature              q = w_l, or W_l RMSNorm(v_newest) / D;  k_i = RMSNorm_l(v_i), or v_i
     a   = softmax(z) | exp(z) / (1 + sum_j exp(z_j)) | sigmoid(z) | learned scalars
     h   = sum_i a_i v_i                      on the whole width, or on each of H slices of it with weights of its own
 
@@ -87,7 +87,8 @@ class Weighing:
         values = list(sources)
         if self.query == "input":
             newest = reference.rms_norm(sources[-1], (None, eps))
-            query = F.linear(newest, query.to(newest.dtype))
+            # over D: where an optimizer moves every weight by its rate, logits then move as those of a learned query do
+            query = F.linear(newest, query.to(newest.dtype)) / self.dim
         if self.heads > 1:
             slices = (self.heads, self.dim // self.heads)
             values = [source.unflatten(-1, slices) for source in sources]
