@@ -82,6 +82,8 @@ def train(config: TrainConfig, resume: bool = False, watch: Watch | None = None)
 class Trainer:
     """The state of one run between two steps. Raises UsageError for bad input before the first of them."""
 
+    watch: Watch | None = None
+
     def __init__(self, config: TrainConfig, corpus: Corpus) -> None:
         self.config = config
         self.corpus = corpus
@@ -91,7 +93,6 @@ class Trainer:
         self.model.enable_checkpointing(config.checkpointing)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.loss: Callable[[Tensor, Tensor], Tensor] = torch.compile(self._loss) if config.compile else self._loss
-        self.watch: Watch | None = None
         self.step = 0
         self.saved_at: Path | None = None
         self.earlier_peak_memory = 0
