@@ -49,20 +49,6 @@ def test_equals_the_straightforward_form_and_every_gradient(backend, num_sources
         torch.testing.assert_close(g, w, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tokens", [1, 4, 40, 200])  # below and above eager.FEW_ELEMENTS
-@pytest.mark.parametrize("num_sources", [1, 2, 9])
-def test_a_read_without_gradients_is_the_same(num_sources, tokens, dtype):
-    query, key_norm, *sources = inputs(num_sources, (tokens, 1), 96, dtype)
-    with_gradient = eager.depth_attention(query, sources, key_norm, 1e-6, return_weights=True, scale=3.0)
-    with torch.inference_mode():
-        without = eager.depth_attention(query, sources, key_norm, 1e-6, return_weights=True, scale=3.0)
-    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
-    for got, expected in zip(without, with_gradient, strict=True):
-        assert got.dtype == expected.dtype
-        torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
-
-
 def results(op, leaves, direction):
     h = op(leaves[0], leaves[2:], leaves[1])
     return [h, *torch.autograd.grad(h, leaves, direction)]

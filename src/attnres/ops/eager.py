@@ -56,25 +56,6 @@ def _read(folded: Tensor, eps: float, scale: float, sources: Sequence[Tensor]) -
     return h.to(sources[0].dtype), dots, rstds, weights
 
 
-FEW_ELEMENTS = 1 << 13
-"""Up to so many elements a source, the price of a read is that of its calls and not of its bytes."""
-
-
-def _read_few(folded: Tensor, eps: float, scale: float, sources: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """(h, softmax weights) of sources of a few tokens, such as one in decoding: one call for all sources at once.
-
-    Stacking them is a copy that costs less here than a call per source.
-    """
-    dtype = folded.dtype
-    with torch.autocast(folded.device.type, enabled=False):
-        values = torch.stack(list(sources)).to(dtype)
-        norms = torch.linalg.vector_norm(values, dim=-1)
-        rstds = norms.square_().div_(folded.shape[0]).add_(eps).rsqrt_()
-        weights = (values @ folded).mul_(rstds).softmax(0)
-        h = torch.linalg.vecdot((weights * scale).unsqueeze(-1), values, dim=0)
-    return h.to(sources[0].dtype), weights
-
-
 class _DepthAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, folded: Tensor, eps: float, scale: float, *sources: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,8 +103,6 @@ def depth_attention(
     folded = query.to(dtype) * key_norm.to(dtype)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (folded, *sources)):
         h, weights = _DepthAttention.apply(folded, eps, scale, *sources)
-    elif sources[0].numel() <= FEW_ELEMENTS and not torch.compiler.is_compiling():
-        h, weights = _read_few(folded, eps, scale, sources)
     else:  # torch.compile cannot trace a Function whose inputs need no gradient
         h, _, _, weights = _read(folded, eps, scale, sources)
     return (h, weights) if return_weights else h
