@@ -218,7 +218,7 @@ def test_a_pipeline_is_refused(model, engine):
     assert not base.supports_pp_plan
     layers = next(module for module in base.children() if isinstance(module, nn.ModuleList))
     instances = {i: EngineAttention() for i in range(model.config.num_hidden_layers)}
-    layers[0] = nn.Identity()  # another stage's
+    layers[0] = Missing()
     with pytest.raises(UsageError, match="state"):
         run(base, instances)
 
@@ -246,6 +246,13 @@ def test_a_fresh_process_knows_the_models_through_the_plug_in_alone(tmp_path):
         assert type(pickled) is type(config)
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+
+
+class Missing(nn.Identity):
+    """What an engine puts in the place of another stage's layer."""
+
+    def forward(self, hidden_states, *args, **kwargs):
+        return hidden_states
 
 
 @pytest.mark.parametrize("group", ["vllm.general_plugins", "sglang.srt.plugins"])

@@ -106,7 +106,7 @@ class AttnResModel(AttnResPreTrainedModel, Backbone):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
@@ -150,6 +150,9 @@ class AttnResModel(AttnResPreTrainedModel, Backbone):
         if position_ids is None:
             past = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past)[None]
+        padding: Any = attention_mask
+        if isinstance(attention_mask, dict):  # what generate makes for a static cache: a mask for each kind of layer
+            padding, attention_mask = attention_mask.get("linear_attention"), attention_mask.get("full_attention")
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -182,7 +185,7 @@ class AttnResModel(AttnResPreTrainedModel, Backbone):
             # accelerate brings weights for calls of modules, and the absorbed form calls none; flash kernels want heads
             # of at most 256
             absorb=not is_dispatched(self) and self.config._attn_implementation in ("sdpa", "eager"),
-            present=_present(attention_mask, inputs_embeds),
+            present=_present(padding, inputs_embeds),
         )
         hidden = run(self, inputs_embeds, context, observe if output_hidden_states else None)
         return BaseModelOutputWithPast(
