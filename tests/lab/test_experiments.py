@@ -80,7 +80,8 @@ def test_advantage_of_a_constructed_gain():
     base, rival = analyse(runs, compute, ("prenorm", "full_attnres"))["fits"]["power_law"]
     assert (base["advantage"], base["advantage_interval"]) == (pytest.approx(1), pytest.approx((1, 1)))
     assert rival["advantage"] == pytest.approx(1.5)
-    assert rival["advantage_interval"] == pytest.approx((1.5, 1.5))
+    low, high = rival["advantage_interval"]  # every draw of seeds has a slope of its own
+    assert 1.3 < low < 1.5 < high < 1.7
     assert rival["alpha_interval"][0] < 0.1 < rival["alpha_interval"][1]
 
 

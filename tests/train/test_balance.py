@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from attnres.model import DecoderConfig, decoder
+from attnres.model import DecoderConfig
 from attnres.model.moe import MixtureOfExperts
 from attnres.train.balance import balance_experts
 from attnres.train.config import TrainConfig
@@ -13,15 +13,8 @@ from attnres.train.trainer import train
 from ..command_line import metrics
 
 
-def mixture(config: DecoderConfig) -> MixtureOfExperts:
-    return MixtureOfExperts(
-        hidden_size=config.hidden_size, intermediate_size=16, num_experts=4, experts_per_token=2, norm_eps=1e-6
-    )
-
-
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_run_counts_every_token_once_and_records_the_load(corpus_file, tmp_path, monkeypatch, checkpointing):
-    monkeypatch.setattr(decoder, "FeedForward", mixture)
     totals, update = [], MixtureOfExperts.update_bias
     monkeypatch.setattr(
         MixtureOfExperts, "update_bias", lambda self: (totals.append(self.load.sum().item()), update(self))
@@ -31,7 +24,8 @@ def test_a_run_counts_every_token_once_and_records_the_load(corpus_file, tmp_pat
         steps=3, batch_size=2, context=16, accumulate=2, checkpointing=checkpointing, validation_tokens=80,
         validate_every=1, log_every=1, checkpoint_every=3, optim=OptimConfig(optimizer="muon", warmup_steps=1),
         model=DecoderConfig(
-            vocab_size=257, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, residual="block_attnres"
+            vocab_size=257, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, residual="block_attnres",
+            num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, first_k_dense_replace=0,
         ),
     )  # fmt: skip
     model = train(config).model
@@ -44,7 +38,8 @@ def test_a_run_counts_every_token_once_and_records_the_load(corpus_file, tmp_pat
 
 
 def test_loads_are_relative_to_the_mean_and_averaged_over_layers():
-    layers = [mixture(DecoderConfig(hidden_size=8, num_attention_heads=1)) for _ in range(2)]
+    shape = dict(hidden_size=8, intermediate_size=16, num_experts=4, experts_per_token=2)
+    layers = [MixtureOfExperts(**shape) for _ in range(2)]
     layers[0].load += torch.tensor([4, 2, 2, 0])
     layers[1].load += torch.tensor([5, 5, 5, 5])
     assert balance_experts(layers) == {"max_load": 1.5, "min_load": 0.5}
