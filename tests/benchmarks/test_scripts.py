@@ -156,3 +156,15 @@ def test_moe(benchmarks: Path, tmp_path: Path) -> None:
     for row in document["rows"]:
         assert row["ratio"] == row["experts"]["median"] / row["dense"]["median"] > 0
     assert "8 experts, d=16, 32 tokens" in page
+
+
+def test_kda(benchmarks: Path, tmp_path: Path) -> None:
+    document, page = run(benchmarks / "kda.py", tmp_path)
+    rows = document["microseconds per token"]
+    assert list(rows) == ["16", "32", "64"] and all(
+        set(r) == {"chunks", "softmax", "recurrence"} for r in rows.values()
+    )
+    for part in ("forward", "forward and backward"):
+        assert f"## {part}" in page
+        long, short = (rows[tokens]["chunks"][part]["median"] for tokens in ("64", "32"))
+        assert document["growth from 32 to 64"]["chunks"][part] == long / short > 0

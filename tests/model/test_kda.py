@@ -355,7 +355,8 @@ def test_importing_the_layer_imports_no_kernels():
 def test_kernels_agree_within_bf16(tokens):
     arguments = [x.detach().cuda().bfloat16().requires_grad_() for x in inputs(tokens, keys=64, values=64)]
     truth = with_gradients(recurrent, [x.detach().double().requires_grad_() for x in arguments])
-    used = slice(0, 2) if tokens == 1 else slice(None)  # the kernel of decoding has no backward pass
-    found = fused(*arguments) if tokens == 1 else with_gradients(fused, arguments)
-    for name, a, b in zip(("o", "final state", *NAMES)[used], found, truth[used], strict=True):
-        assert (a.double() - b).norm() < 0.02 * b.norm(), name
+    with torch.no_grad():
+        decoded = fused(*arguments)
+    for form, found in (("decoding", decoded), ("training", with_gradients(fused, arguments))):
+        for name, a, b in zip(("o", "final state", *NAMES), found, truth, strict=False):
+            assert (a.double() - b).norm() < 0.02 * b.norm(), (form, name)

@@ -136,7 +136,8 @@ def fused(
     from fla.ops.kda import chunk_kda, fused_recurrent_kda
 
     check_shapes(q, k, v, g, beta, initial_state, cu_seqlens)
-    kernel = fused_recurrent_kda if q.shape[1] == 1 else chunk_kda
+    # the recurrent kernel has no backward pass
+    kernel = fused_recurrent_kda if q.shape[1] == 1 and not torch.is_grad_enabled() else chunk_kda
     return kernel(
         q=q.to(v.dtype).contiguous(),
         k=k.to(v.dtype).contiguous(),
