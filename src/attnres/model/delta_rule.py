@@ -32,6 +32,9 @@ from torch.nn import functional as F
 
 from ..errors import UsageError
 
+SPAN = 16
+"""Chunks whose tensors are made at once: those of a whole long sequence would leave the caches of a CPU."""
+
 
 def delta_rule(
     q: Tensor,
@@ -94,6 +97,12 @@ def chunked(
     """What `recurrent` returns, `chunk_size` tokens at a time. Raises UsageError, too, if that is no power of two."""
     lengths = check_shapes(q, k, v, g, beta, initial_state, cu_seqlens)
     check_chunk_size(chunk_size)
+    if cu_seqlens is None and q.shape[1] > SPAN * chunk_size:
+        spans, pieces = zip(*(x.split(SPAN * chunk_size, 1) for x in (q, k, v, g, beta)), strict=True), []
+        for span in spans:
+            o, initial_state = chunked(*span, initial_state, chunk_size=chunk_size)
+            pieces.append(o)
+        return torch.cat(pieces, 1), initial_state
     dtype, outputs, corrections, finals = v.dtype, [], [], []
     size = min(chunk_size, 1 << (max(lengths) - 1).bit_length())
     slots = None if cu_seqlens is None else _slots(lengths, size, q.device)
