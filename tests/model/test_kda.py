@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from attnres.errors import UsageError
-from attnres.model.delta_rule import chunked, delta_rule, fla_is_installed, fused, recurrent
+from attnres.model.delta_rule import SPAN, chunked, delta_rule, fla_is_installed, fused, recurrent
 from attnres.model.kda import KDAState, KimiDeltaAttention
 
 NAMES = ("q", "k", "v", "g", "beta", "initial_state")
@@ -72,6 +72,13 @@ def test_chunks_are_the_recurrence_with_all_gradients(tokens, decay):
 def test_so_they_are_for_every_size(chunk_size):
     expected = with_gradients(recurrent, inputs(37))
     assert_equal(with_gradients(chunked, inputs(37), chunk_size=chunk_size), expected)
+
+
+@pytest.mark.parametrize("tokens", [64, 65, 130])
+def test_so_they_are_over_several_spans_of_chunks(tokens):
+    assert tokens >= SPAN * 4
+    expected = with_gradients(recurrent, inputs(tokens))
+    assert_equal(with_gradients(chunked, inputs(tokens), chunk_size=4), expected)
 
 
 @pytest.mark.parametrize("pattern", ["every token", "some tokens", "some channels", "to nothing"])
@@ -144,7 +151,7 @@ def test_half_precision_costs_no_more_than_in_the_recurrence():
     def errors(form):
         found = with_gradients(form, rounded)
         assert found[0].dtype == torch.bfloat16 and found[1].dtype == torch.float32
-        return [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, truth, strict=True)]
+        return [float((a.double() - b).detach().norm() / b.detach().norm()) for a, b in zip(found, truth, strict=True)]
 
     for chunk, token in zip(errors(chunked), errors(recurrent), strict=True):
         assert chunk < max(2 * token, 1e-6) and chunk < 0.01

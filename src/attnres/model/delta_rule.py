@@ -98,11 +98,12 @@ def chunked(
     lengths = check_shapes(q, k, v, g, beta, initial_state, cu_seqlens)
     check_chunk_size(chunk_size)
     if cu_seqlens is None and q.shape[1] > SPAN * chunk_size:
-        spans, pieces = zip(*(x.split(SPAN * chunk_size, 1) for x in (q, k, v, g, beta)), strict=True), []
-        for span in spans:
-            o, initial_state = chunked(*span, initial_state, chunk_size=chunk_size)
+        state, pieces = initial_state, []
+        for q_, k_, v_, g_, beta_ in zip(*(x.split(SPAN * chunk_size, 1) for x in (q, k, v, g, beta)), strict=True):
+            o, state = chunked(q_, k_, v_, g_, beta_, state, chunk_size=chunk_size)
             pieces.append(o)
-        return torch.cat(pieces, 1), initial_state
+        assert state is not None
+        return torch.cat(pieces, 1), state
     dtype, outputs, corrections, finals = v.dtype, [], [], []
     size = min(chunk_size, 1 << (max(lengths) - 1).bit_length())
     slots = None if cu_seqlens is None else _slots(lengths, size, q.device)
