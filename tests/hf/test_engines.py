@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from attnres.errors import UsageError
 
 pytest.importorskip("transformers")
+import transformers
 from transformers import AutoConfig, AutoModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -222,9 +223,10 @@ def test_a_pipeline_is_refused(model, engine):
         run(base, instances)
 
 
-def test_a_folder_opens_as_its_own_classes(saved):
+def test_classes_are_where_engines_look(saved):
     model, folder = saved
-    assert AutoConfig.from_pretrained(folder).architectures == [type(model).__name__]
+    (name,) = AutoConfig.from_pretrained(folder).architectures
+    assert getattr(transformers, name) is type(model)
     assert type(AutoModel.from_pretrained(folder)) is type(model.base_model)
 
 
@@ -236,6 +238,9 @@ def test_a_fresh_process_knows_the_models_through_the_plug_in_alone(tmp_path):
         import pickle, sys, transformers
         from importlib.metadata import EntryPoint
         EntryPoint("attnres", "attnres.hf:register", "vllm.general_plugins").load()()
+        import transformers.processing_utils  # puts a new module in the place of transformers when it comes first
+        for module in (transformers, sys.modules["transformers"]):
+            assert module.AttnResForCausalLM.is_backend_compatible()
         assert not [m for m in ("tyro", "datasets", "matplotlib", "lm_eval", "attnres.train") if m in sys.modules]
         config = transformers.AutoConfig.from_pretrained({str(folder)!r})
         assert getattr(transformers, config.architectures[0]).is_backend_compatible()

@@ -7,6 +7,7 @@ folder for a plain Llama would drop the depth attention and compute something el
 
 import functools
 import importlib
+import sys
 from typing import Any
 
 import transformers
@@ -21,6 +22,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     conversion_mapping,
+    processing_utils,  # noqa: F401
 )
 from transformers.models.auto import tokenization_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, model_type_to_module_name
@@ -36,6 +38,9 @@ from .convert_layer import DepthStream, attach, once_a_class
 CLASS_PREFIX = "AttnRes"
 EXACT = ("block_attnres", "full_attnres")
 """Mechanisms that are the plain residual sum at their initial parameters."""
+
+# importing processing_utils puts a new module in the place of transformers; who has the old one keeps it
+_MODULES = (transformers, sys.modules["transformers"])
 
 _AUTO_CLASSES = (
     AutoModel,
@@ -156,7 +161,8 @@ def converted_model_class(original: Any) -> Any:
 
 def add_to_transformers(model_class: type) -> None:
     """Makes a model class an attribute of transformers, where servers look up what a config's `architectures` names."""
-    setattr(transformers, model_class.__name__, model_class)
+    for module in _MODULES:
+        setattr(module, model_class.__name__, model_class)
 
 
 def upgrade(model: Any) -> None:
