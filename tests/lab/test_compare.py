@@ -21,9 +21,16 @@ from ..command_line import AT_STEP, kill, needs_full_device
 
 NAMES = ["prenorm", "block_attnres", "full_attnres"]
 
-# Runs are forked, not spawned: then the patches reach them too, and they need not import torch again.
+# Runs are forked, not spawned: then the patches reach them too, and they need not import torch again. As those of the
+# fork server they have no file of their parent, nor its lock on a folder.
 FORK = """
-import multiprocessing
+import contextlib, multiprocessing, os, stat
+def leave_folders():
+    for number in range(3, 99):
+        with contextlib.suppress(OSError):
+            if stat.S_ISDIR(os.fstat(number).st_mode):
+                os.close(number)
+os.register_at_fork(after_in_child=leave_folders)
 real = multiprocessing.get_context
 multiprocessing.get_context = lambda name: real("fork")
 """
@@ -163,6 +170,19 @@ def test_a_comparison_goes_on_after_kills_and_stops(server, tiny, compared, tmp_
         assert {k: v for k, v in run.items() if k not in timing} == {
             k: v for k, v in expected.items() if k not in timing
         }
+
+
+def test_two_processes_cannot_share_a_folder(server, tiny, tmp_path):
+    command = ["compare", *tiny, "--residuals", "prenorm", "--out", tmp_path]
+    first = server.start(*command, patch=in_run("prenorm", 2, f"until_exists({str(tmp_path / 'go')!r})"))
+    first.wait_for(lambda: (tmp_path / "runs" / "prenorm-seed0" / "metrics.jsonl").exists())
+    for second in (command, ["lab", "dynamics", *tiny, "--residuals", "prenorm", "--out", tmp_path]):
+        end = server.run(*second, patch=FORK)
+        assert (end.status, "prenorm, seed 0" in end.err) == (1, False)
+        assert f"another process works in {tmp_path}: wait for its end, or choose another --out" in said(end)
+    (tmp_path / "go").touch()
+    assert first.wait().status == 0
+    assert server.run(*command, patch=FORK).status == 0  # the folder is free again
 
 
 def test_sigterm_stops_a_comparison(server, tiny, tmp_path):

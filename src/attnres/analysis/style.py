@@ -83,6 +83,19 @@ _STYLE: Any = {
 }
 
 
+def require_matplotlib() -> Any:
+    """matplotlib; for what draws after long work to ask for before it.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise UsageError("figures need matplotlib; install it with: pip install 'attnres[train]'") from None
+    return matplotlib
+
+
 @contextmanager
 def apply_style() -> Iterator[None]:
     """Context in which matplotlib draws in this project's style; the caller's rcParams are back afterwards.
@@ -90,11 +103,7 @@ def apply_style() -> Iterator[None]:
     Raises:
         UsageError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise UsageError("figures need matplotlib; install it with: pip install 'attnres[train]'") from None
-    with matplotlib.rc_context(_STYLE):
+    with require_matplotlib().rc_context(_STYLE):
         yield
 
 

@@ -10,21 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from .. import residual as residuals
 from ..errors import UsageError
 from ..lab.compare import CompareConfig, compare
 from ..model import DecoderShape, preset
-from ..parallel.config import ParallelConfig
-from ..train.config import RunConfig
 from . import flags
+from .lab_flags import SeededFlags, names_of, seeds_of
 
 ResidualFlags: Any = flags.residual_flags(with_name=False)
 
 
 @dataclass
-class CompareFlags(RunConfig):
+class CompareFlags(SeededFlags):
     """Train residual connections side by side, from equal weights on equal data, and report on them.
 
     Writes results.json, figures/ and report.html under --out. Called again after an interruption it continues.
@@ -32,14 +29,6 @@ class CompareFlags(RunConfig):
 
     residuals: str = "prenorm,block_attnres,full_attnres"
     """Residual connections, separated by commas; the first is the baseline."""
-    seeds: str = "0"
-    """Seeds, separated by commas; several show mean and spread."""
-    out: Path = Path("runs/compare")
-    """Folder of the comparison."""
-    seed: tyro.conf.SuppressFixed[tyro.conf.Fixed[int]] = 0
-    parallel: tyro.conf.SuppressFixed[tyro.conf.Fixed[ParallelConfig]] = field(default_factory=ParallelConfig)
-    config: Path | None = None
-    """YAML file with any of these settings; flags win over it."""
     preset: flags.PresetName = None
     model: DecoderShape = field(default_factory=DecoderShape)
     """Shape of the models."""
@@ -50,9 +39,9 @@ class CompareFlags(RunConfig):
 def run(argv: Sequence[str]) -> int:
     file = flags.peek(argv, "config")["config"]
     shape = flags.peek([*flags.of_file(file, CompareFlags), *argv], "preset")["preset"] or "tiny"
-    default = CompareFlags(model=flags.open_shape(preset(shape)))
+    default = CompareFlags(model=flags.open_shape(preset(shape)), out=Path("runs/compare"))
     given = flags.parse(CompareFlags, argv, "compare", default, file)
-    names = tuple(name.strip() for name in given.residuals.split(","))
+    names = names_of(given.residuals)
     config = CompareConfig(
         residuals=names,
         seeds=seeds_of(given.seeds),
@@ -96,13 +85,6 @@ def table(results: dict[str, Any]) -> str:
     if len(results["summary"][0]["seeds"]) == 1:
         lines.append("\none seed: a difference of a few hundredths may be chance; --seeds 0,1,2 shows the spread")
     return "\n".join(lines)
-
-
-def seeds_of(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise UsageError(f"--seeds must be whole numbers separated by commas; it is {text!r}") from error
 
 
 def options_of(names: Sequence[str], chosen: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -10,15 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from ..errors import UsageError
 from ..lab.ablation import AblationConfig, ablation, table
 from ..model import DecoderShape, preset
-from ..parallel.config import ParallelConfig
-from ..train.config import RunConfig
 from . import flags
-from .compare import seeds_of
+from .lab_flags import GridFlags, seeds_of
 
 PRESETS: dict[str, dict[str, Any]] = {
     "cpu": {"steps": 150, "batch_size": 8, "context": 128, "validate_every": 75, "validation_tokens": 65536, "jobs": 2},
@@ -34,25 +30,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 @dataclass
-class AblationFlags(RunConfig):
+class AblationFlags(GridFlags):
     """Train every row of the paper's ablation (section 8), over seeds: baseline, DenseFormer, mHC, Full AttnRes and its
     variants, Block AttnRes and its, and the sweep of block sizes.
 
     Writes results.json, table.csv, table.md and figures/ under --out. Called again after an interruption it continues.
     """
 
-    seeds: str = "0,1,2"
-    """Seeds, separated by commas."""
-    jobs: int = 1
-    """Runs at the same time, which share the cores of a CPU."""
-    minutes: float | None = None
-    """Stop after so many minutes, with everything saved; the next call continues."""
-    out: Path = Path("runs/ablation")
-    """Folder of the grid."""
-    seed: tyro.conf.SuppressFixed[tyro.conf.Fixed[int]] = 0
-    parallel: tyro.conf.SuppressFixed[tyro.conf.Fixed[ParallelConfig]] = field(default_factory=ParallelConfig)
-    config: Path | None = None
-    """YAML file with any of these settings; flags win over it."""
     preset: str | None = None
     """Size to start from: cpu, for two cores and half an hour, or small-gpu, for one GPU in calls of ten minutes; cpu
     if none is named."""
@@ -66,7 +50,7 @@ def run(argv: Sequence[str]) -> int:
     if size not in PRESETS:
         raise UsageError(f"--preset must be one of {', '.join(PRESETS)}; it is {size!r}")
     shape = dataclasses.replace(preset("tiny"), num_hidden_layers=8) if size == "cpu" else preset("small")
-    default = AblationFlags(model=flags.open_shape(shape), **PRESETS[size])
+    default = AblationFlags(model=flags.open_shape(shape), seeds="0,1,2", out=Path("runs/ablation"), **PRESETS[size])
     given = flags.parse(AblationFlags, argv, "lab ablation", default, file)
     config = AblationConfig(
         train=flags.train_config(given, given.model, "prenorm", {}),

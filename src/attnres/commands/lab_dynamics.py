@@ -9,21 +9,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from ..lab.compare import CompareConfig
 from ..lab.dynamics import dynamics
 from ..model import DecoderShape, preset
-from ..parallel.config import ParallelConfig
-from ..train.config import RunConfig
 from . import flags
-from .compare import options_of, seeds_of
+from .compare import options_of
+from .lab_flags import GridFlags, names_of, seeds_of
 
 ResidualFlags: Any = flags.residual_flags(with_name=False)
 
 
 @dataclass
-class DynamicsFlags(RunConfig):
+class DynamicsFlags(GridFlags):
     """Train residual connections and look inside at every validation: loss, and output and gradient magnitude of each
     Transformer block, over the training.
 
@@ -33,20 +30,8 @@ class DynamicsFlags(RunConfig):
 
     residuals: str = "prenorm,block_attnres,full_attnres"
     """Residual connections, separated by commas; the first is the baseline."""
-    seeds: str = "0"
-    """Seeds, separated by commas."""
-    jobs: int = 1
-    """Runs at the same time, which share the cores of a CPU."""
-    minutes: float | None = None
-    """Stop after so many minutes, with everything saved; the next call continues."""
     validate_every: int = 20
     """Steps between looks inside, each with a validation."""
-    out: Path = Path("runs/dynamics")
-    """Folder of the experiment."""
-    seed: tyro.conf.SuppressFixed[tyro.conf.Fixed[int]] = 0
-    parallel: tyro.conf.SuppressFixed[tyro.conf.Fixed[ParallelConfig]] = field(default_factory=ParallelConfig)
-    config: Path | None = None
-    """YAML file with any of these settings; flags win over it."""
     preset: str | None = None
     """Shape to start from: tiny, small, medium; tiny if none is named."""
     model: DecoderShape = field(default_factory=DecoderShape)
@@ -58,9 +43,9 @@ class DynamicsFlags(RunConfig):
 def run(argv: Sequence[str]) -> int:
     file = flags.peek(argv, "config")["config"]
     shape = flags.peek([*flags.of_file(file, DynamicsFlags), *argv], "preset")["preset"] or "tiny"
-    default = DynamicsFlags(model=flags.open_shape(preset(shape)), jobs=2)
+    default = DynamicsFlags(model=flags.open_shape(preset(shape)), out=Path("runs/dynamics"), jobs=2)
     given = flags.parse(DynamicsFlags, argv, "lab dynamics", default, file)
-    names = tuple(name.strip() for name in given.residuals.split(","))
+    names = names_of(given.residuals)
     config = CompareConfig(
         residuals=names,
         seeds=seeds_of(given.seeds),

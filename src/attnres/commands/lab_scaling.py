@@ -5,19 +5,16 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import tyro
 
 from ..errors import UsageError
 from ..lab.scaling import ScalingConfig, Size, scaling, table
 from ..model import DecoderConfig
-from ..parallel.config import ParallelConfig
-from ..train.config import RunConfig, TrainConfig
+from ..train.config import TrainConfig
 from . import flags
-from .compare import seeds_of
+from .lab_flags import MatchedFlags, names_of, seeds_of
 
 # WIDTHxBLOCKSxHEADS@LR
 PRESETS: dict[str, dict[str, Any]] = {
@@ -36,7 +33,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 @dataclass
-class ScalingFlags(RunConfig):
+class ScalingFlags(MatchedFlags):
     """Train sizes x residual connections x seeds, fit the scaling law of each, and say how much compute one saves.
 
     All runs of a size have the same tokens, steps and learning rate. Writes results.json, table.csv and figures/ under
@@ -47,22 +44,6 @@ class ScalingFlags(RunConfig):
     """Sizes as WIDTHxBLOCKSxHEADS@LR, separated by commas; a size's learning rate serves all residual connections."""
     tokens_per_parameter: float = 3.0
     """Training tokens of a size, per activated parameter (without embeddings) of the baseline."""
-    residuals: str = "prenorm,block_attnres,full_attnres"
-    """Residual connections, separated by commas; the first is the baseline."""
-    seeds: str = "0,1,2"
-    """Seeds, separated by commas."""
-    jobs: int = 1
-    """Runs at the same time, which share the cores of a CPU."""
-    minutes: float | None = None
-    """Stop after so many minutes, with everything saved; the next call continues."""
-    out: Path = Path("runs/scaling")
-    """Folder of the grid."""
-    steps: tyro.conf.SuppressFixed[tyro.conf.Fixed[int]] = 180
-    validate_every: tyro.conf.SuppressFixed[tyro.conf.Fixed[int]] = 60
-    seed: tyro.conf.SuppressFixed[tyro.conf.Fixed[int]] = 0
-    parallel: tyro.conf.SuppressFixed[tyro.conf.Fixed[ParallelConfig]] = field(default_factory=ParallelConfig)
-    config: Path | None = None
-    """YAML file with any of these settings; flags win over it."""
     preset: str | None = None
     """Grid to start from: cpu, for two cores and an hour, or small-gpu, for one GPU in calls of ten minutes; cpu if
     none is named."""
@@ -73,11 +54,12 @@ def run(argv: Sequence[str]) -> int:
     preset = flags.peek([*flags.of_file(file, ScalingFlags), *argv], "preset")["preset"] or "cpu"
     if preset not in PRESETS:
         raise UsageError(f"--preset must be one of {', '.join(PRESETS)}; it is {preset!r}")
-    given = flags.parse(ScalingFlags, argv, "lab scaling", ScalingFlags(**PRESETS[preset]), file)
+    default = ScalingFlags(seeds="0,1,2", out=Path("runs/scaling"), **PRESETS[preset])
+    given = flags.parse(ScalingFlags, argv, "lab scaling", default, file)
     config = ScalingConfig(
         train=TrainConfig(**flags.run_fields(given), model=DecoderConfig(max_position_embeddings=given.context)),
         sizes=tuple(_size(text) for text in given.sizes.split(",")),
-        residuals=tuple(name.strip() for name in given.residuals.split(",")),
+        residuals=names_of(given.residuals),
         seeds=seeds_of(given.seeds),
         tokens_per_parameter=given.tokens_per_parameter,
         jobs=given.jobs,

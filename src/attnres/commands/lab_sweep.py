@@ -5,22 +5,19 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-
-import tyro
 
 from ..errors import UsageError
 from ..lab.sweep import SweepConfig, summary, sweep
 from ..model import DecoderConfig
-from ..parallel.config import ParallelConfig
-from ..train.config import RunConfig, TrainConfig
+from ..train.config import TrainConfig
 from . import flags
-from .compare import seeds_of
+from .lab_flags import MatchedFlags, names_of, seeds_of
 
 
 @dataclass
-class SweepFlags(RunConfig):
+class SweepFlags(MatchedFlags):
     """Train shapes of equal parameters and compute, width and heads per Transformer block, with several residual
     connections, and show where each has its optimum.
 
@@ -35,32 +32,17 @@ class SweepFlags(RunConfig):
     """Activated parameters of the baseline in each cell, without embeddings."""
     compute: float = 1e12
     """Training compute of each run in FLOP, counted on the baseline."""
-    residuals: str = "prenorm,full_attnres"
-    """Residual connections, separated by commas; the first is the baseline."""
-    seeds: str = "0"
-    """Seeds, separated by commas."""
-    jobs: int = 2
-    """Runs at the same time, which share the cores of a CPU."""
-    minutes: float | None = None
-    """Stop after so many minutes, with everything saved; the next call continues."""
-    out: Path = Path("runs/sweep")
-    """Folder of the grid."""
-    steps: tyro.conf.SuppressFixed[tyro.conf.Fixed[int]] = 180
-    validate_every: tyro.conf.SuppressFixed[tyro.conf.Fixed[int]] = 60
-    seed: tyro.conf.SuppressFixed[tyro.conf.Fixed[int]] = 0
-    parallel: tyro.conf.SuppressFixed[tyro.conf.Fixed[ParallelConfig]] = field(default_factory=ParallelConfig)
-    config: Path | None = None
-    """YAML file with any of these settings; flags win over it."""
 
 
 def run(argv: Sequence[str]) -> int:
     file = flags.peek(argv, "config")["config"]
-    given = flags.parse(SweepFlags, argv, "lab sweep", SweepFlags(precision="float32"), file)
+    default = SweepFlags(residuals="prenorm,full_attnres", out=Path("runs/sweep"), jobs=2, precision="float32")
+    given = flags.parse(SweepFlags, argv, "lab sweep", default, file)
     config = SweepConfig(
         train=TrainConfig(**flags.run_fields(given), model=DecoderConfig(max_position_embeddings=given.context)),
         widths=_ratios("widths", given.widths),
         heads=_ratios("heads", given.heads),
-        residuals=tuple(name.strip() for name in given.residuals.split(",")),
+        residuals=names_of(given.residuals),
         seeds=seeds_of(given.seeds),
         parameters=given.parameters,
         compute=given.compute,

@@ -13,12 +13,10 @@ from typing import Any, NamedTuple
 
 from ..analysis.ablation_figure import block_size_figure
 from ..analysis.figures import save
-from ..analysis.style import apply_style
 from ..errors import UsageError
 from ..model import DecoderConfig, DecoderShape
 from ..train.config import TrainConfig
-from ..train.data import load_corpus
-from .grid import Cell, provenance, run_grid, write_json
+from .grid import Cell, opened, provenance, run_grid, write_json
 
 
 class Row(NamedTuple):
@@ -97,27 +95,22 @@ def ablation(config: AblationConfig, command: str = "") -> dict[str, Any]:
     Calling again continues the grid. Returns the contents of results.json. Raises UsageError for bad input, Failure
     where runs fail or time is up.
     """
-    train, out = config.train, config.train.out
-    with apply_style():
-        pass  # refuses a missing matplotlib before the first run
-    corpus = load_corpus(train.data, train.tokenizer, train.cache_dir, text_column=train.text_column)
-    config = dataclasses.replace(config, train=train.with_vocabulary(corpus.tokenizer.vocab_size))
-    pairs = config.cells()
-    found = run_grid([cell for _, cell in pairs], jobs=config.jobs, minutes=config.minutes, keep_checkpoints=False)
-    runs = [{"row": row.name, **result} for (row, _), result in zip(pairs, found, strict=True)]
-    results = {
-        **provenance(config.train, command),
-        "jobs": config.jobs,
-        "corpus": {"name": corpus.name, "train_tokens": len(corpus.train), "val_tokens": len(corpus.validation)},
-        "train": config.train.to_dict(),
-        "rows": [row._asdict() for row in config.chosen],
-        "runs": runs,
-        "summary": summarise(runs, config.chosen),
-    }
-    write_json(out / "results.json", results)
-    _write_csv(out / "table.csv", results["summary"])
-    (out / "table.md").write_text(table(results["summary"]) + "\n")
-    with apply_style():
+    out = config.train.out
+    with opened(config.train) as (train, corpus):
+        config = dataclasses.replace(config, train=train)
+        pairs = config.cells()
+        found = run_grid([cell for _, cell in pairs], jobs=config.jobs, minutes=config.minutes, keep_checkpoints=False)
+        runs = [{"row": row.name, **result} for (row, _), result in zip(pairs, found, strict=True)]
+        results = {
+            **provenance(train, corpus, command),
+            "jobs": config.jobs,
+            "rows": [row._asdict() for row in config.chosen],
+            "runs": runs,
+            "summary": summarise(runs, config.chosen),
+        }
+        write_json(out / "results.json", results)
+        _write_csv(out / "table.csv", results["summary"])
+        (out / "table.md").write_text(table(results["summary"]) + "\n")
         save(block_size_figure(results), out / "figures", "block_size")
     return results
 

@@ -11,12 +11,10 @@ from typing import Any
 from .. import residual as residuals
 from ..analysis.figures import write_figures
 from ..analysis.report import write_report
-from ..analysis.style import apply_style
 from ..errors import UsageError
 from ..model import DecoderConfig, DecoderShape
 from ..train.config import TrainConfig
-from ..train.data import load_corpus
-from .grid import Cell, provenance, run_grid, write_json
+from .grid import Cell, opened, provenance, run_grid, write_json
 
 
 @dataclass
@@ -65,32 +63,22 @@ def compare(config: CompareConfig, command: str = "") -> dict[str, Any]:
     run fails.
     """
     out = config.train.out
-    with apply_style():
-        pass  # refuses a missing matplotlib, and the loop bad options, before the first run
     for run in config.runs():
         run.model.build_residual()
-    corpus = load_corpus(
-        config.train.data, config.train.tokenizer, config.train.cache_dir, text_column=config.train.text_column
-    )
-    config = dataclasses.replace(config, train=config.train.with_vocabulary(corpus.tokenizer.vocab_size))
-    runs = config.runs()
-    finished = run_grid([Cell(f"{run.model.residual}, seed {run.seed}", run) for run in runs])
-    results = {
-        **provenance(config.train, command),
-        "corpus": {
-            "name": corpus.name,
-            "train_tokens": len(corpus.train),
-            "val_tokens": len(corpus.validation),
-        },
-        "model": runs[0].model.to_dict(),
-        "train": config.train.to_dict(),
-        "baseline": config.residuals[0],
-        "runs": finished,
-        "summary": summarise(finished, config.residuals),
-    }
-    write_json(out / "results.json", results)
-    write_figures(results, out / "figures")
-    write_report(results, out)
+    with opened(config.train) as (train, corpus):
+        config = dataclasses.replace(config, train=train)
+        runs = config.runs()
+        finished = run_grid([Cell(f"{run.model.residual}, seed {run.seed}", run) for run in runs])
+        results = {
+            **provenance(train, corpus, command),
+            "model": runs[0].model.to_dict(),
+            "baseline": config.residuals[0],
+            "runs": finished,
+            "summary": summarise(finished, config.residuals),
+        }
+        write_json(out / "results.json", results)
+        write_figures(results, out / "figures")
+        write_report(results, out)
     return results
 
 

@@ -11,13 +11,11 @@ from ..analysis.dynamics_figure import dynamics_figure
 from ..analysis.dynamics_page import write_page
 from ..analysis.figures import save, write_figures
 from ..analysis.probe import probe
-from ..analysis.style import apply_style
 from ..model import Decoder
 from ..train import hardware
 from ..train.config import TrainConfig
-from ..train.data import load_corpus
 from .compare import CompareConfig
-from .grid import Cell, provenance, run_grid, write_json
+from .grid import Cell, opened, provenance, run_grid, write_json
 from .worker import probe_batches, train_and_probe
 
 PROFILES = ("output_magnitude", "gradient_magnitude")
@@ -33,29 +31,26 @@ def dynamics(
     magnitudes [P, Transformer blocks]. Raises UsageError for bad input before any run, Failure where runs fail or time
     is up.
     """
-    train, out = config.train, config.train.out
-    with apply_style():
-        pass  # refuses a missing matplotlib before the first run
+    out = config.train.out
     for run in config.runs():
         run.model.build_residual()
-    corpus = load_corpus(train.data, train.tokenizer, train.cache_dir, text_column=train.text_column)
-    config = dataclasses.replace(config, train=train.with_vocabulary(corpus.tokenizer.vocab_size))
-    cells = [Cell(f"{run.model.residual}, seed {run.seed}", run) for run in config.runs()]
-    found = run_grid(cells, jobs=jobs, minutes=minutes, keep_checkpoints=False, measure=train_and_watch)
-    results = {
-        **provenance(config.train, command),
-        "jobs": jobs,
-        "corpus": {"name": corpus.name, "train_tokens": len(corpus.train), "val_tokens": len(corpus.validation)},
-        "model": config.runs()[0].model.to_dict(),
-        "train": config.train.to_dict(),
-        "baseline": config.residuals[0],
-        "runs": found,
-    }
-    write_json(out / "results.json", results)
-    write_figures(results, out / "figures")
-    for profile in PROFILES:
-        save(dynamics_figure(results, profile), out / "figures", f"dynamics_{profile}")
-    write_page(results, out / "dynamics.html")
+    with opened(config.train) as (train, corpus):
+        config = dataclasses.replace(config, train=train)
+        runs = config.runs()
+        cells = [Cell(f"{run.model.residual}, seed {run.seed}", run) for run in runs]
+        found = run_grid(cells, jobs=jobs, minutes=minutes, keep_checkpoints=False, measure=train_and_watch)
+        results = {
+            **provenance(train, corpus, command),
+            "jobs": jobs,
+            "model": runs[0].model.to_dict(),
+            "baseline": config.residuals[0],
+            "runs": found,
+        }
+        write_json(out / "results.json", results)
+        write_figures(results, out / "figures")
+        for profile in PROFILES:
+            save(dynamics_figure(results, profile), out / "figures", f"dynamics_{profile}")
+        write_page(results, out / "dynamics.html")
     return results
 
 

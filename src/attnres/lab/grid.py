@@ -12,8 +12,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -21,11 +21,13 @@ from typing import Any
 
 import torch
 
+from ..analysis.style import require_matplotlib
 from ..errors import Failure, UsageError
 from ..train import hardware
 from ..train.checkpoint import check_compatible
 from ..train.config import TrainConfig
-from ..train.run_folder import read_config
+from ..train.data import Corpus, load_corpus
+from ..train.run_folder import held, read_config
 from ..train.stopping import starting_deaf_processes
 from ..version import __version__
 from .worker import Measure, send_result, train_and_probe
@@ -40,6 +42,19 @@ class Cell:
 
     name: str
     config: TrainConfig
+
+
+@contextmanager
+def opened(train: TrainConfig) -> Iterator[tuple[TrainConfig, Corpus]]:
+    """The training that all runs of a grid share, with room for the tokens of its corpus, and the corpus.
+
+    Within, no other process can open the folder train.out. Raises UsageError where matplotlib is missing, which would
+    be missed after the last run, and for a corpus that cannot be had, Failure if another process has the folder.
+    """
+    require_matplotlib()
+    corpus = load_corpus(train.data, train.tokenizer, train.cache_dir, text_column=train.text_column)
+    with held(train.out, wait=False):
+        yield train.with_vocabulary(corpus.tokenizer.vocab_size), corpus
 
 
 def run_grid(
@@ -175,8 +190,8 @@ class _Grid:
             print(f"{counts}: {cell.name}, validation loss {answer['val_loss']:.4f}", file=sys.stderr, flush=True)
 
 
-def provenance(config: TrainConfig, command: str) -> dict[str, Any]:
-    """Where and with what the numbers of a results file were made."""
+def provenance(config: TrainConfig, corpus: Corpus, command: str) -> dict[str, Any]:
+    """Where, with what and on what the numbers of a results file were made."""
     device = hardware.find_device(config.device)
     return {
         "command": command,
@@ -187,6 +202,8 @@ def provenance(config: TrainConfig, command: str) -> dict[str, Any]:
         "device": hardware.describe(device),
         "dtype": str(hardware.find_precision(config.precision, device)).removeprefix("torch."),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "corpus": {"name": corpus.name, "train_tokens": len(corpus.train), "val_tokens": len(corpus.validation)},
+        "train": config.to_dict(),
     }
 
 

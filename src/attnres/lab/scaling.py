@@ -14,12 +14,10 @@ import numpy as np
 
 from ..analysis.figures import save
 from ..analysis.scaling_figure import scaling_figure
-from ..analysis.style import apply_style
 from ..errors import Failure, UsageError
 from ..model import DecoderConfig
 from ..train.config import TrainConfig
-from ..train.data import load_corpus
-from .grid import Cell, provenance, run_grid, write_json
+from .grid import Cell, opened, provenance, run_grid, write_json
 from .power_law import PowerLaw, bootstrap, compute_advantage, fit_power_law, interval
 
 FLOP_UNIT = 1e12
@@ -124,35 +122,31 @@ def scaling(config: ScalingConfig, command: str = "") -> dict[str, Any]:
     Calling again continues the grid. Returns the contents of results.json. Raises UsageError for bad input before any
     run, Failure where runs fail or time is up.
     """
-    train, out = config.train, config.train.out
-    with apply_style():
-        pass  # refuses a missing matplotlib before the first run
+    out = config.train.out
     config.check()
-    corpus = load_corpus(train.data, train.tokenizer, train.cache_dir, text_column=train.text_column)
-    config = dataclasses.replace(config, train=train.with_vocabulary(corpus.tokenizer.vocab_size))
-    config.check()
-    sizes = sorted(config.sizes, key=config.compute)
-    plan = [(size, name, seed) for size in sizes for seed in config.seeds for name in config.residuals]
-    cells = [
-        Cell(f"{size.name}, {name}, seed {seed}", dataclasses.replace(config.run(size, name, seed), keep=1))
-        for size, name, seed in plan
-    ]
-    found = run_grid(cells, jobs=config.jobs, minutes=config.minutes, keep_checkpoints=False)
-    runs = [{"size": size.name, **result} for (size, _, _), result in zip(plan, found, strict=True)]
-    results = {
-        **provenance(config.train, command),
-        "jobs": config.jobs,
-        "corpus": {"name": corpus.name, "train_tokens": len(corpus.train), "val_tokens": len(corpus.validation)},
-        "train": config.train.to_dict(),
-        "tokens_per_parameter": config.tokens_per_parameter,
-        "baseline": config.residuals[0],
-        "sizes": [_described(config, size) for size in sizes],
-        "runs": runs,
-        **analyse(runs, {size.name: config.compute(size) / FLOP_UNIT for size in sizes}, config.residuals),
-    }
-    write_json(out / "results.json", results)
-    _write_csv(out / "table.csv", results)
-    save(scaling_figure(results), out / "figures", "scaling")
+    with opened(config.train) as (train, corpus):
+        config = dataclasses.replace(config, train=train)
+        config.check()
+        sizes = sorted(config.sizes, key=config.compute)
+        plan = [(size, name, seed) for size in sizes for seed in config.seeds for name in config.residuals]
+        cells = [
+            Cell(f"{size.name}, {name}, seed {seed}", dataclasses.replace(config.run(size, name, seed), keep=1))
+            for size, name, seed in plan
+        ]
+        found = run_grid(cells, jobs=config.jobs, minutes=config.minutes, keep_checkpoints=False)
+        runs = [{"size": size.name, **result} for (size, _, _), result in zip(plan, found, strict=True)]
+        results = {
+            **provenance(train, corpus, command),
+            "jobs": config.jobs,
+            "tokens_per_parameter": config.tokens_per_parameter,
+            "baseline": config.residuals[0],
+            "sizes": [_described(config, size) for size in sizes],
+            "runs": runs,
+            **analyse(runs, {size.name: config.compute(size) / FLOP_UNIT for size in sizes}, config.residuals),
+        }
+        write_json(out / "results.json", results)
+        _write_csv(out / "table.csv", results)
+        save(scaling_figure(results), out / "figures", "scaling")
     return results
 
 

@@ -14,13 +14,11 @@ from statistics import mean
 from typing import Any
 
 from ..analysis.figures import save
-from ..analysis.style import apply_style
 from ..analysis.sweep_figure import sweep_figure
 from ..errors import Failure, UsageError
 from ..model import DecoderConfig
 from ..train.config import TrainConfig
-from ..train.data import load_corpus
-from .grid import Cell, provenance, run_grid, write_json
+from .grid import Cell, opened, provenance, run_grid, write_json
 
 MATCHED = 0.05  # largest part by which parameters or compute may differ from the target
 
@@ -123,48 +121,41 @@ def sweep(config: SweepConfig, command: str = "") -> dict[str, Any]:
     Calling again continues. Returns the contents of results.json; "best" has each residual connection's best cell.
     Raises UsageError for bad input before any run, Failure where runs fail or time is up.
     """
-    train, out = config.train, config.train.out
-    with apply_style():
-        pass  # refuses a missing matplotlib before the first run
+    out = config.train.out
     config.check()
-    corpus = load_corpus(train.data, train.tokenizer, train.cache_dir, text_column=train.text_column)
-    config = dataclasses.replace(config, train=train.with_vocabulary(corpus.tokenizer.vocab_size))
-    config.check()
-    plan = [
-        (width, heads, name, seed)
-        for seed in config.seeds
-        for width in config.widths
-        for heads in config.heads
-        for name in config.residuals
-    ]
-    cells = {
-        run.out: Cell(f"{run.out.name.replace('-', ', ', 1)}", run) for run in (config.run(*place) for place in plan)
-    }
-    found = dict(
-        zip(
-            cells,
-            run_grid(list(cells.values()), jobs=config.jobs, minutes=config.minutes, keep_checkpoints=False),
-            strict=True,
-        )
-    )
-    runs = [{"width_ratio": place[0], "head_ratio": place[1], **found[config.run(*place).out]} for place in plan]
-    results = {
-        **provenance(config.train, command),
-        "jobs": config.jobs,
-        "corpus": {"name": corpus.name, "train_tokens": len(corpus.train), "val_tokens": len(corpus.validation)},
-        "train": config.train.to_dict(),
-        "baseline": config.residuals[0],
-        "parameters": config.parameters,
-        "compute_flop": config.compute,
-        "widths": list(config.widths),
-        "heads": list(config.heads),
-        "shapes": [_described(config, width, heads) for width in config.widths for heads in config.heads],
-        "runs": runs,
-        "best": {name: best(runs, name) for name in config.residuals},
-    }
-    write_json(out / "results.json", results)
-    _write_csv(out / "table.csv", runs)
-    save(sweep_figure(results), out / "figures", "sweep")
+    with opened(config.train) as (train, corpus):
+        config = dataclasses.replace(config, train=train)
+        config.check()
+        plan = [
+            (width, heads, name, seed)
+            for seed in config.seeds
+            for width in config.widths
+            for heads in config.heads
+            for name in config.residuals
+        ]
+        trainings = [config.run(*place) for place in plan]
+        cells = {run.out: Cell(run.out.name.replace("-", ", ", 1), run) for run in trainings}
+        found = run_grid(list(cells.values()), jobs=config.jobs, minutes=config.minutes, keep_checkpoints=False)
+        by_folder = dict(zip(cells, found, strict=True))
+        runs = [
+            {"width_ratio": width, "head_ratio": heads, **by_folder[run.out]}
+            for (width, heads, _, _), run in zip(plan, trainings, strict=True)
+        ]
+        results = {
+            **provenance(train, corpus, command),
+            "jobs": config.jobs,
+            "baseline": config.residuals[0],
+            "parameters": config.parameters,
+            "compute_flop": config.compute,
+            "widths": list(config.widths),
+            "heads": list(config.heads),
+            "shapes": [_described(config, width, heads) for width in config.widths for heads in config.heads],
+            "runs": runs,
+            "best": {name: best(runs, name) for name in config.residuals},
+        }
+        write_json(out / "results.json", results)
+        _write_csv(out / "table.csv", runs)
+        save(sweep_figure(results), out / "figures", "sweep")
     return results
 
 

@@ -31,8 +31,12 @@ def check_folder(out: Path, resume: bool) -> None:
 
 
 @contextmanager
-def held(out: Path) -> Iterator[None]:
-    """Makes the folder `out` and keeps other processes from training in it; waits for one that does."""
+def held(out: Path, wait: bool = True) -> Iterator[None]:
+    """Makes the folder `out` and keeps other processes from training in it.
+
+    The system lets go of it when this process ends, however it ends. Waits for another process that has the folder, or
+    raises Failure with wait=False; also if the folder cannot be made.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
         folder = os.open(out, os.O_RDONLY)
@@ -43,6 +47,10 @@ def held(out: Path) -> Iterator[None]:
             try:
                 fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                if not wait:
+                    raise Failure(
+                        f"another process works in {out}: wait for its end, or choose another --out"
+                    ) from None
                 print(f"waiting for another process that trains in {out} to end", file=sys.stderr, flush=True)
                 fcntl.flock(folder, fcntl.LOCK_EX)
         yield
