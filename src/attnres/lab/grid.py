@@ -43,6 +43,12 @@ class Cell:
     name: str
     config: TrainConfig
 
+    @property
+    def flops(self) -> float:
+        """Of the whole training, by which the time that is left is told."""
+        run = self.config
+        return run.steps * run.tokens_per_step * run.model.flops_per_token(run.context)
+
 
 @contextmanager
 def opened(train: TrainConfig) -> Iterator[tuple[TrainConfig, Corpus]]:
@@ -113,7 +119,7 @@ class _Grid:
         self.running: dict[Any, tuple[int, Any, float]] = {}
         self.failures: dict[str, Exception] = {}
         self.waiting = [i for i in range(len(cells)) if i not in results]
-        self.seconds: list[float] = []
+        self.seconds = self.flops = 0.0  # of the runs that this process has finished
 
     def run(self, deadline: float | None) -> None:
         while self.waiting or self.running:
@@ -183,9 +189,12 @@ class _Grid:
         self.results[i] = answer
         if not self.keep_checkpoints:
             shutil.rmtree(cell.config.out / "checkpoints", ignore_errors=True)
-        self.seconds.append(time.monotonic() - began)
+        self.seconds += time.monotonic() - began
+        self.flops += cell.flops
         if self.jobs > 1:
-            left = (len(self.waiting) + len(self.running) / 2) * sum(self.seconds) / len(self.seconds) / self.jobs
+            to_do = sum(self.cells[i].flops for i in self.waiting)
+            to_do += sum(self.cells[i].flops for i, *_ in self.running.values()) / 2
+            left = to_do * self.seconds / self.flops / self.jobs
             counts = f"{len(self.results)} of {len(self.cells)} runs finished, about {left / 60:.0f} minutes left"
             print(f"{counts}: {cell.name}, validation loss {answer['val_loss']:.4f}", file=sys.stderr, flush=True)
 
