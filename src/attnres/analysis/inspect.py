@@ -1,12 +1,7 @@
 """Where the layers of a trained model listen, token by token, and what each source is worth to the loss.
 
-Weights are those of `depth_weights` as the model runs. Influence is measured: a read goes without one of its sources,
-the others take its weight over in proportion, so that the weights of the read (of each head) keep their sum,
-
-    a'_i = a_i * (sum_j a_j) / (sum_{j != s} a_j)        i != s,        a'_s = 0
-
-and the change of the loss is what that source was worth there. A read with one source alone keeps it. Models are told
-apart nowhere: whatever calls the verbs of a residual connection can be looked at, native, converted or hybrid.
+Weights are those of `depth_weights` as the model runs. Influence is measured: sources are left out of reads, as
+`leave_out` says, and the change of the loss is what they were worth there. A read with one source alone keeps it.
 """
 
 from __future__ import annotations
@@ -15,28 +10,17 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils._pytree import tree_map_only
 
 from ..errors import Failure, UsageError
-from ..model.decoder import Backbone, Decoder
-from ..ops import reference
+from ..model.decoder import Backbone
 from ..residual import DepthAttention, State
-from ..residual.base import normed
+from .leave_out import PARTIAL, Cut, Progress, losses, losses_without
 from .mixing import mixing_matrix
 from .probe import layer_by_layer
-
-TOKENS_AT_ONCE = 4096
-"""Tokens of one forward pass over several ablations."""
-
-PARTIAL = -1
-"""The source that is a block's own sum so far; the others are the columns 0 (the embedding), 1, 2, ..."""
-
-Progress = Callable[[str, int, int], None]
 
 
 class Read(NamedTuple):
@@ -67,14 +51,15 @@ class Inspection:
 
 
 def inspect(
-    model: nn.Module, tokens: Tensor, *, per_read: bool = True, progress: Progress = lambda what, done, of: None
+    model: nn.Module, tokens: Tensor, *, per_read: bool = True, progress: Progress = lambda *_: None
 ) -> Inspection:
     """Looks inside a model while it reads token ids [T], T at least 2.
 
     Args:
         model: a `Decoder`, or a transformers model with a depth-attention residual connection, native or converted.
-        per_read: also leave out every source of every read alone, one forward pass each.
-        progress: called with what is measured, how many forward passes are done, and of how many.
+        per_read: also leave out every source of every read alone.
+        progress: called with what is measured, how much of it is done, of how much, and the share of the work that it
+            was.
 
     Raises UsageError for a model without depth attention and for fewer than two tokens, Failure for a loss that is not
     finite.
@@ -86,22 +71,24 @@ def inspect(
     model.eval()
     try:
         with torch.no_grad(), layer_by_layer(residual):
-            reads, loss = _listen(model, residual, tokens)
+            reads, loss, states = _listen(model, residual, tokens)
             if not bool(loss.isfinite().all()):
                 raise Failure("the loss on this text is not finite; check the model's weights")
-            found = sorted({n for read in reads for n in read.sources if len(read.sources) > 1})
-            sources = [n for n in found if n != PARTIAL] + [PARTIAL] * (PARTIAL in found)
-            alone = [(n, None) for n in sources]
-            pairs = [(n, layer) for layer, read in enumerate(reads) if len(read.sources) > 1 for n in read.sources]
-            cuts = [*alone, *(pairs if per_read else [])]
-            change = _ablate(model, residual, tokens, cuts, progress) - loss
+            pairs = [Cut(n, l, l) for l, read in enumerate(reads) if len(read.sources) > 1 for n in read.sources]
+            first = {cut.source: cut.first for cut in reversed(pairs)}
+            sources = sorted(first, key=lambda n: (n == PARTIAL, n))
+            cuts = [*(Cut(n, None, first[n]) for n in sources), *(pairs if per_read else [])]
+            present = [read.sources for read in reads]
+            change = losses_without(model, residual, tokens, present, states, cuts, progress) - loss
     finally:
         model.train(training)
-    means = iter(change[len(alone) :].mean(1).tolist())
+    means = iter(change[len(sources) :].mean(1).tolist())
     read_change = (
         [[next(means) for _ in r.sources] if len(r.sources) > 1 else None for r in reads] if per_read else None
     )
-    return Inspection(reads, loss, sources, change[: len(alone)], read_change, _mixing(model, residual, reads, tokens))
+    return Inspection(
+        reads, loss, sources, change[: len(sources)], read_change, _mixing(model, residual, reads, tokens)
+    )
 
 
 def depth_attention_of(model: nn.Module) -> DepthAttention:
@@ -128,9 +115,10 @@ def reading(residual: DepthAttention, read: Callable[..., tuple[Tensor, State]])
         del residual.read
 
 
-def _listen(model: nn.Module, residual: DepthAttention, tokens: Tensor) -> tuple[list[Read], Tensor]:
-    """(all reads, the loss at every position but the last)."""
+def _listen(model: nn.Module, residual: DepthAttention, tokens: Tensor) -> tuple[list[Read], Tensor, dict[int, State]]:
+    """(all reads, the loss at every position but the last, the states in front of every second layer)."""
     seen: dict[int, Read] = {}
+    states: dict[int, State] = {}
     read = residual.read
 
     def look(state: State, layer: int, norm: nn.Module | None = None) -> tuple[Tensor, State]:
@@ -138,60 +126,13 @@ def _listen(model: nn.Module, residual: DepthAttention, tokens: Tensor) -> tuple
             weights = residual.depth_weights(state, layer)[:, 0].float().cpu()
             weights = weights.mean(-1) if weights.dim() > 2 else weights
             seen[layer] = Read(sources_of(residual, state, layer), weights)
+            if layer % 2 == 0:
+                states[layer] = state
         return read(state, layer, norm)
 
     with reading(residual, look):
-        loss = _losses(model, tokens[None])[0]
-    return [seen[layer] for layer in range(residual.num_layers + 1)], loss
-
-
-def _ablate(
-    model: nn.Module,
-    residual: DepthAttention,
-    tokens: Tensor,
-    cuts: Sequence[tuple[int, int | None]],
-    progress: Progress,
-) -> Tensor:
-    """The losses [cuts, T - 1] without a source in one read, or in all where the layer is None; a batch row a cut."""
-    rows, results = max(1, TOKENS_AT_ONCE // len(tokens)), []
-    read = residual.read
-    for at in range(0, len(cuts), rows):
-        now = cuts[at : at + rows]
-
-        def deaf(state: State, layer: int, norm: nn.Module | None = None, now: Any = now) -> tuple[Tensor, State]:
-            x, after = read(state, layer, norm)
-            present = sources_of(residual, state, layer)
-            cut = torch.tensor([[n == s and where in (None, layer) for s, where in now] for n in present])
-            rows = cut.any(0).nonzero()[:, 0].to(x.device)
-            if len(present) == 1 or not len(rows):
-                return x, after
-            concerned = tree_map_only(Tensor, lambda tensor: tensor[rows], state)
-            h = _without(residual, concerned, layer, cut.to(x.device)[:, rows])
-            return x.index_copy(0, rows, normed(h, norm)), after
-
-        with reading(residual, deaf):
-            results.append(_losses(model, tokens.expand(len(now), -1)))
-        progress("leaving out sources", at + len(now), len(cuts))
-    return torch.cat(results)
-
-
-def _without(residual: DepthAttention, state: State, layer: int, cut: Tensor) -> Tensor:
-    """The read [rows, T, D] of `layer` whose row k goes without the sources i with cut[i, k]."""
-    sources, weights = residual.sources(state, layer), residual.depth_weights(state, layer)
-    values = [source.unflatten(-1, (weights.shape[3], -1)) for source in sources] if weights.dim() > 3 else sources
-    kept = weights.masked_fill(cut.view(*cut.shape, *[1] * (weights.dim() - 2)), 0.0)
-    total = kept.sum(0)
-    kept = kept * torch.where(total == 0, 0.0, weights.sum(0) / total)
-    h = reference.mix(kept * residual.scale(len(sources)), values)
-    return h.flatten(-2) if weights.dim() > 3 else h
-
-
-def _losses(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Nats for each prediction, [rows, T - 1], of token ids [rows, T], in fp32 (fp64 for fp64) on the CPU."""
-    output = model(tokens) if isinstance(model, Decoder) else model(input_ids=tokens, use_cache=False).logits
-    logits = output[:, :-1]
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(len(tokens), -1).cpu()
+        loss = losses(model, tokens[None])[0]
+    return [seen[layer] for layer in range(residual.num_layers + 1)], loss, states
 
 
 def _mixing(model: nn.Module, residual: DepthAttention, reads: Sequence[Read], tokens: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ class InspectFlags:
     out: Path = Path("inspect.html")
     """Page to write; the numbers go beside it, as JSON."""
     per_read: bool = True
-    """Also leave out each source of each layer alone: one forward pass for every cell of the heat map."""
+    """Also leave out each source of each layer alone: a part of a forward pass for every cell of the heat map."""
     device: str = "auto"
     """Device: auto, cpu, cuda, ..."""
 
@@ -74,10 +74,10 @@ class _Progress:
     def __init__(self) -> None:
         self.began = self.said = time.monotonic()
 
-    def __call__(self, what: str, done: int, of: int) -> None:
+    def __call__(self, what: str, done: int, of: int, share: float) -> None:
         now = time.monotonic()
-        left = (now - self.began) / done * (of - done)
-        line = f"{what}: {done} of {of}, {left:.0f} s left"
+        left = (now - self.began) / share * (1 - share)
+        line = f"{what}: {done} of {of}, about {left:.0f} s left"
         if sys.stderr.isatty():
             print(f"\r{line:<60}", end="\n" if done == of else "", file=sys.stderr, flush=True)
         elif now - self.said > 10 or done == of:
