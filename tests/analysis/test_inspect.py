@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from attnres.analysis import inspect as leaving_out
+from attnres.analysis import leave_out
 from attnres.analysis.inspect import PARTIAL, inspect
 from attnres.analysis.inspect_page import numbers, page
 from attnres.analysis.mixing import mixing_matrix
@@ -16,6 +18,8 @@ from attnres.train.tokenizer import ByteTokenizer
 
 EVIL = "</script><script>alert(1)</script><!-- \U0001f642 é\n\t"
 SHAPE = dict(vocab_size=257, hidden_size=16, num_hidden_layers=3, num_attention_heads=2)
+HYBRID = dict(attention_pattern=("kda", "mla", "gqa"), linear_chunk_size=4, num_experts=4, num_experts_per_tok=2,
+              first_k_dense_replace=1, moe_intermediate_size=16)  # fmt: skip
 VARIANTS = [
     ("full_attnres", {}),
     ("block_attnres", {"block_size": 4}),
@@ -25,8 +29,8 @@ VARIANTS = [
 ]
 
 
-def decoder(name, **options):
-    model = Decoder(DecoderConfig(**SHAPE, residual=name, residual_options=options), seed=2).double()
+def decoder(name, shape=SHAPE, **options):
+    model = Decoder(DecoderConfig(**shape, residual=name, residual_options=options), seed=2).double()
     generator = torch.Generator().manual_seed(3)
     for parameter in model.residual.parameters():
         torch.nn.init.normal_(parameter, generator=generator)
@@ -82,6 +86,48 @@ def test_weights_and_ablations_are_what_the_formulas_say(name, options, tokens):
                     assert found.read_change[layer][s] == pytest.approx((without - loss).mean().item(), abs=1e-8)
         assert found.source_change.abs().max() > 1e-3
     assert "read" not in vars(model.residual) and not model.residual.lean
+
+
+def other_model(kind):
+    if kind == "hybrid":
+        return decoder("block_attnres", SHAPE | HYBRID, block_size=3)
+    pytest.importorskip("transformers")
+    import attnres.hf
+
+    if kind.startswith("native"):
+        shape = SHAPE | (HYBRID if kind == "native hybrid" else {})
+        return attnres.hf.AttnResForCausalLM.from_decoder(decoder("full_attnres", shape)).eval()
+    from ..hf.converted import build, move_queries
+
+    return move_queries(attnres.hf.convert(build(kind), num_blocks=3))
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "native", "native hybrid", "llama", "gpt_neox_parallel"])
+def test_starting_in_front_of_a_read_gives_what_the_whole_model_gives(kind, tokens, monkeypatch):
+    model, real = other_model(kind), leave_out.losses_without
+    tokens = tokens % model.config.vocab_size
+    found, calls = leaving_out.inspect(model, tokens), []
+
+    def from_the_start(model, residual, tokens, present, states, cuts, progress):
+        calls.extend(cut.first for cut in cuts)
+        return real(model, residual, tokens, present, states, [cut._replace(first=0) for cut in cuts], progress)
+
+    monkeypatch.setattr(leaving_out, "losses_without", from_the_start)
+    whole = leaving_out.inspect(model, tokens)
+    assert max(calls) > 2
+    assert (
+        torch.allclose(found.source_change, whole.source_change, atol=1e-9) and found.source_change.abs().max() > 1e-4
+    )
+    for some, expected in zip(found.read_change, whole.read_change, strict=True):
+        assert some == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_share_of_the_work_grows_to_one(tokens):
+    told = []
+    inspect(decoder("full_attnres"), tokens, progress=lambda *said: told.append(said))
+    shares = [share for *_, share in told]
+    assert shares == sorted(shares) and shares[-1] == pytest.approx(1)
+    assert told[-1][1] == told[-1][2] and told[0][3] > told[0][1] / told[0][2]  # early layers take the longest
 
 
 def test_sources_are_named_as_the_paper_numbers_them(tokens):

@@ -108,6 +108,14 @@ def test_the_strip_goes_by_arrow_keys_and_back_to_the_average(opened):
     assert levels(browser) == before
 
 
+def test_the_readout_covers_nothing_before_a_cell_is_chosen(opened):
+    browser = opened()
+    place = "return getComputedStyle(document.querySelector('output.read')).position"
+    assert browser.execute_script(place) == "static"
+    browser.find_elements("css selector", "#maps .c")[0].click()
+    assert browser.execute_script(place) == "sticky"
+
+
 def test_maps_go_by_arrow_keys_and_say_what_a_cell_is(opened, place):
     browser = opened()
     last = browser.find_elements("css selector", "#maps .heat")[0].find_elements("css selector", "tr.last .c")[0]
@@ -137,6 +145,8 @@ def test_tab_reaches_the_controls(opened):
 def test_it_fits_a_phone_in_both_schemes(opened, scheme):
     browser = opened(390, scheme)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
+    words = "return [...document.querySelectorAll('.list thead th')].map(th => [th.scrollWidth, th.clientWidth])"
+    assert all(needed <= has for needed, has in browser.execute_script(words))
     paper = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
     assert paper == {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 23, 27)"}[scheme]
     cells = browser.find_elements("css selector", "#maps .c")

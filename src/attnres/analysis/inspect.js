@@ -20,8 +20,8 @@ const effective = r => {
   const all = weights(r).map(Math.abs), total = sum(all) || 1;
   return Math.exp(-sum(all.map(w => w > 0 ? w / total * Math.log(w / total) : 0)));
 };
-const fixed = (x, n = 3) => x === null || x === undefined ? "–" : x.toFixed(n).replace("-", "−");
-const signed = (x, n = 4) => x === null || x === undefined ? "–" : (x >= 0 ? "+" : "") + fixed(x, n);
+const fixed = (x, n = 3) => x === null || x === undefined ? "–" : (+x.toFixed(n) || 0).toFixed(n).replace("-", "−");   // never −0
+const signed = (x, n = 4) => (+x?.toFixed(n) > 0 ? "+" : "") + fixed(x, n);
 const capital = text => text[0].toUpperCase() + text.slice(1);
 
 // --- words
@@ -29,6 +29,7 @@ const capital = text => text[0].toUpperCase() + text.slice(1);
 const reader = r => r === L ? "the output" : `layer ${r + 1} (${reads[r].kind} of Transformer block ${(r >> 1) + 1})`;
 const source = (r, s) => reads[r].partial && s === reads[r].columns.length - 1
   ? "its own block so far" : D.columns[reads[r].columns[s]].label;
+const brief = text => text.replace(/ of Transformer block \d+\)/, ")");   // for lists: the layer's number says which
 const GLYPHS = {"\n": "↵", "\r": "␍", "\t": "→", " ": "·", "\u00a0": "⍽"};
 const spelled = text => text === "" ? "∅" : [...text].map(c => GLYPHS[c] ?? (c < " " ? String.fromCodePoint(0x2400 + c.codePointAt(0)) : c)).join("");
 
@@ -115,6 +116,7 @@ function mark() {
 }
 const readout = el("output", {class: "read", "aria-live": "polite"});
 function tell() {
+  readout.classList.toggle("told", spot !== null);
   if (!spot) {
     readout.replaceChildren("Point at a cell, tap it, or move with the arrow keys: what the layer of its row reads from the source of its column.");
     return "";
@@ -156,7 +158,8 @@ const mapOf = (title, first, cell) => {
 const swatches = (ticks, scale, show) => ticks.map(x => el("span", {}, el("i", {class: "swatch", "--t": scale(x)}), show(x)));
 const weightKey = el("div", {class: "key"}, "Weight", ...swatches([0, .05, .1, .25, .5, 1], Math.sqrt, String),
   block && el("span", {}, "dot: the block's own sum so far"));
-const influenceKey = el("div", {class: "key"}, "Nats", ...swatches([0, .05, .25, 1], Math.sqrt, x => fixed(x * largest, 4)), el("span", {}, "orange: the loss falls"));
+const influenceKey = el("div", {class: "key"}, "Nats", ...swatches([0, .05, .25, 1], Math.sqrt, x => x ? fixed(x * largest, 4) : "0"),
+  el("span", {}, el("i", {class: "swatch neg", "--t": .5}), "the loss falls"));
 
 // --- the token strip
 
@@ -208,7 +211,7 @@ const underline = () => chips.forEach((chip, t) => chip.style.setProperty("--mar
 // --- lists
 
 const meter = (x, most, warm) => el("span", {class: `meter${warm ? " warm" : ""}${x < 0 ? " less" : ""}`, "--w": Math.min(1, Math.abs(x ?? 0) / (most || 1))});
-const named = row => row.column === null ? capital(row.label) : capital(D.columns[row.column].label);
+const named = row => capital(row.column === null ? row.label : brief(D.columns[row.column].label));
 const header = (...names) => el("thead", {}, el("tr", {}, ...names.map(([name, kind]) => el("th", {scope: "col", class: kind}, name))));
 
 function worth() {
@@ -229,7 +232,7 @@ const skipsNow = () => reads.flatMap((read, r) => {
 function skips() {
   const body = el("tbody"), table = el("table", {class: "list", id: "skips"}, header(["Reader and source"], ["Weight", "n"], ["Beyond equal", "n"], ["Loss without it", "n"]), body);
   live(() => body.replaceChildren(...skipsNow().map(({r, s, w, more}) => el("tr", {}, el("td", {},
-    el("button", {class: "go", type: "button", onclick: () => { point(r, reads[r].columns[s]); document.getElementById("maps").scrollIntoView({behavior: "smooth"}); }}, `${capital(reader(r))} ← ${source(r, s)}`)),
+    el("button", {class: "go", type: "button", onclick: () => { point(r, reads[r].columns[s]); document.getElementById("maps").scrollIntoView({behavior: "smooth"}); }}, `${capital(brief(reader(r)))} ← ${brief(source(r, s))}`)),
   el("td", {class: "n"}, fixed(w)), el("td", {class: "n"}, signed(more, 3)), el("td", {class: "n"}, signed(influence(r, s)))))));
   return table;
 }
@@ -246,6 +249,8 @@ function spread() {
     el("p", {class: "note bar"}, el("span", {}, el("i", {class: "chip"}), `before ${reads[0].kind}`), el("span", {}, el("i", {class: "chip", style: "background: var(--warm)"}), `before ${reads[1]?.kind ?? "MLP"}`), el("span", {}, `height: effective sources, of at most ${most}; frame: equal weights`))];
 }
 
+const amid = t => [el("i", {}, spelled(D.tokens.slice(Math.max(0, t - 12), t).join("")).slice(-12)), el("b", {}, spelled(D.tokens[t])),
+  el("i", {}, spelled(D.tokens.slice(t + 1, t + 9).join("")).slice(0, 8))];   // a token, and faintly what is around it
 function sinks() {
   const sources = [...D.ablation].filter(row => row.readers > 1).sort((a, b) => b.relative_weight - a.relative_weight).slice(0, 8);
   const tokens = D.focus.map((f, t) => [f, t]).sort((a, b) => b[0] - a[0]).slice(0, 8);
@@ -253,7 +258,7 @@ function sinks() {
     el("div", {}, el("h3", {}, "Sources"), el("table", {class: "list"}, header(["Source"], ["× equal share", "n"], ["reads above 2 ×", "n"]), el("tbody", {}, ...sources.map(row =>
       el("tr", {}, el("th", {scope: "row"}, named(row)), el("td", {class: "n"}, fixed(row.relative_weight, 2)), el("td", {class: "n"}, `${fixed(100 * row.persistence, 0)} %`)))))),
     el("div", {}, el("h3", {}, "Tokens"), el("table", {class: "list"}, header(["Token"], ["Position", "n"], ["Focus", "n"]), el("tbody", {}, ...tokens.map(([f, t]) =>
-      el("tr", {}, el("td", {}, el("button", {class: "go", type: "button", onclick: () => choose(t, true)}, el("code", {}, ...glyphs(D.tokens[t])))), el("td", {class: "n"}, t), el("td", {class: "n"}, `${fixed(100 * f, 0)} %`)))))));
+      el("tr", {}, el("td", {}, el("button", {class: "go", type: "button", onclick: () => choose(t, true)}, el("code", {}, ...amid(t)))), el("td", {class: "n"}, t), el("td", {class: "n"}, `${fixed(100 * f, 0)} %`)))))));
 }
 
 function mixing() {
@@ -277,9 +282,9 @@ document.getElementById("app").replaceChildren(
       first ? `Its strongest learned skip: ${reader(first.layer)} reads ${D.columns[first.column].label} with weight ${fixed(first.weight, 2)}. ` : "",
       worst ? `It can least do without ${D.columns[worst.column].label}: unheard by every later layer, the loss changes by ${signed(worst.mean_change, 2)} nats a token.` : "")),
   section("tokens", "The text", null, el("div", {class: "bar"}, average, el("label", {}, "Underlined by", marks)), strip, said),
-  section("maps", "Weight and influence", "Rows are layers, columns what they can read. Left: the weights, of all tokens or of the one chosen above. Right: how much the mean loss changes when that one read goes without that one source, the others sharing its weight in proportion. Weight is not influence: compare the two.",
-    el("div", {class: "maps"}, el("div", {}, el("h3", {}, "Weight"), mapOf("Weight", 0, weightCell)), el("div", {}, el("h3", {}, "Influence"), mapOf("Influence", 0, influenceCell)),
-      el("div", {}, mapOf("Weight", 1, weightCell), weightKey), el("div", {}, mapOf("Influence", 1, influenceCell), changes.length ? influenceKey : el("p", {class: "note"}, "Not measured (--no-per-read)."))), readout),
+  section("maps", "Weight and influence", "Rows are layers, columns what they can read. Weight: of all tokens or of the one chosen above. Influence: how much the mean loss changes when that one read goes without that one source, the others sharing its weight in proportion. Weight is not influence: compare the two.",
+    el("div", {class: "maps"}, el("div", {}, el("h3", {}, "Weight"), mapOf("Weight", 0, weightCell), mapOf("Weight", 1, weightCell), weightKey),
+      el("div", {}, el("h3", {}, "Influence"), mapOf("Influence", 0, influenceCell), mapOf("Influence", 1, influenceCell), changes.length ? influenceKey : el("p", {class: "note"}, "Not measured (--no-per-read)."))), readout),
   section("sources", "What each source is worth", "Mean weight where the source is read beside others, and the change of the loss, in nats, when no later layer hears it. At a chosen token: its weights, and the change of the loss of the prediction made there.", worth()),
   section("learned", "Strongest learned skips", "Reads of neither the embedding nor the newest source with the most weight beyond an equal share, which is where training starts.", skips()),
   section("entropy", "How widely each layer listens", "The exponential of the entropy of a read's weights: as many equally weighted sources would be as spread out.", ...spread()),

@@ -136,7 +136,8 @@ def _kinds(model: nn.Module, layers: int) -> list[str]:
     backbone = next((module for module in model.modules() if isinstance(module, Backbone)), None)
     if backbone is None:
         return ["attention" if layer % 2 == 0 else "MLP" for layer in range(layers)]
-    spoken = {"Attention": "attention", "FeedForward": "MLP"}
+    spoken = {"Attention": "attention", "FeedForward": "MLP", "MixtureOfExperts": "MoE"}
+    spoken |= {"KimiDeltaAttention": "KDA", "MultiHeadLatentAttention": "MLA"}
     return [spoken.get(name := type(layer).__name__, name) for layer in backbone.layers]
 
 

@@ -76,7 +76,7 @@ class _Progress:
 
     def __call__(self, what: str, done: int, of: int, share: float) -> None:
         now = time.monotonic()
-        left = (now - self.began) / share * (1 - share)
+        left = max(0.0, (now - self.began) * (1 / share - 1))
         line = f"{what}: {done} of {of}, about {left:.0f} s left"
         if sys.stderr.isatty():
             print(f"\r{line:<60}", end="\n" if done == of else "", file=sys.stderr, flush=True)
