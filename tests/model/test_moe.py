@@ -144,6 +144,20 @@ def test_bias_is_saved_and_load_is_not():
     assert "correction_bias" in names and "load" not in names
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_bias_keeps_float32_when_the_model_goes_to_half_precision(dtype):
+    moe = layer(torch.float32)
+    bias = moe.correction_bias.clone()
+    assert moe.to(dtype).router.weight.dtype == dtype
+    assert moe.correction_bias.dtype == torch.float32 and torch.equal(moe.correction_bias, bias)
+    assert torch.nn.Sequential(moe).to(dtype)[0].correction_bias is moe.correction_bias
+    moe.load += torch.tensor([4, 0, 2, 2, 2, 2])
+    moe.update_bias(rate=1e-3)
+    assert not torch.equal(moe.correction_bias, bias)
+    assert layer(dtype).correction_bias.dtype == torch.float32
+    assert moe.double().correction_bias.dtype == torch.float64
+
+
 def test_initial_values_cover_the_experts_with_the_scale_of_their_role():
     moe = layer(torch.float32, hidden_size=64, num_experts=16)
     draw = lambda: moe.initial_values({"value": 1.0, "output": 0.1}.get, torch.Generator().manual_seed(3), "cpu")  # noqa: E731

@@ -130,6 +130,13 @@ class MixtureOfExperts(nn.Module):
             value = torch.empty(shape, dtype=parameter.dtype, device=device)
             yield name, value.normal_(std=std(role), generator=generator)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MixtureOfExperts:
+        bias = self.correction_bias
+        super()._apply(fn, recurse)
+        if self.correction_bias.dtype.itemsize < 4:  # whose resolution its steps of 1e-3 are below
+            self.correction_bias = bias.to(self.correction_bias.device, torch.float32)
+        return self
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Experts as torch initialises a linear layer of their shape; balancing starts anew."""
