@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 MOMENTUM, EPS = 0.95, 1e-7
 A, B, C = 3.4445, -4.7750, 2.0315
@@ -32,15 +32,30 @@ class ExpertMuon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for parameter in group["params"]:
-                if (gradient := parameter.grad) is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(gradient)
-                momentum = state["momentum_buffer"].lerp_(gradient, 1 - MOMENTUM)
-                update = _whole_matrices(gradient.lerp(momentum, MOMENTUM))
-                rate = group["lr"] * 0.2 * math.sqrt(max(parameter.shape[-2:]))
-                parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.to(parameter.dtype), alpha=-rate)
+                if parameter.grad is not None:
+                    _update(parameter, parameter.grad, self.state[parameter], group)
+
+
+class Muon(torch.optim.Muon):
+    """torch.optim.Muon with AdamW's update RMS, also for DTensors with fewer rows or columns than processes share them.
+
+    Those torch cannot update in place; here every process has the whole of such a matrix for a moment. There are few of
+    them and they are small: a gate with a row for every head.
+    """
+
+    def __init__(self, params: Any, lr: float = 1e-3, weight_decay: float = 0.1) -> None:
+        super().__init__(params, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        pairs = [(parameter, group) for group in self.param_groups for parameter in group["params"]]
+        thin = [(p, p.grad, group) for p, group in pairs if p.grad is not None and _is_thin(p)]
+        for parameter, _, _ in thin:
+            parameter.grad = None  # which the others' step passes over
+        super().step()
+        for parameter, gradient, group in thin:
+            parameter.grad = gradient
+            _update(parameter, gradient, self.state[parameter], group)
 
 
 def newton_schulz(x_ERC: Tensor) -> Tensor:
@@ -55,12 +70,35 @@ def newton_schulz(x_ERC: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
+def _update(parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    if not state:
+        state["momentum_buffer"] = torch.zeros_like(gradient)
+    momentum = state["momentum_buffer"].lerp_(gradient, 1 - MOMENTUM)
+    update = _whole_matrices(gradient.lerp(momentum, MOMENTUM))
+    rate = group["lr"] * 0.2 * math.sqrt(max(parameter.shape[-2:]))
+    parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.to(parameter.dtype), alpha=-rate)
+
+
+def _is_thin(parameter: Tensor) -> bool:
+    if not isinstance(parameter, DTensor):
+        return False
+    parts = [1] * parameter.dim()
+    for size, placement in zip(parameter.device_mesh.shape, parameter.placements, strict=True):
+        if not placement.is_replicate():
+            parts[placement.dim] *= size  # type: ignore[attr-defined]
+    return any(length < count for length, count in zip(parameter.shape, parts, strict=True))
+
+
 def _whole_matrices(update: Tensor) -> Tensor:
     """`newton_schulz` where each process has whole matrices: those split otherwise are exchanged for it."""
     if not isinstance(update, DTensor):
         return newton_schulz(update)
-    by_matrix = update.redistribute(placements=[Shard(0) if p.is_shard() else p for p in update.placements])
-    own = newton_schulz(by_matrix.to_local())
+    if update.dim() == 2:
+        by_matrix = update.redistribute(placements=[Replicate()] * update.device_mesh.ndim)
+    else:
+        by_matrix = update.redistribute(placements=[Shard(0) if p.is_shard() else p for p in update.placements])
+    local = by_matrix.to_local()
+    own = newton_schulz(local.view(-1, *local.shape[-2:])).view(local.shape)
     result = DTensor.from_local(
         own, update.device_mesh, by_matrix.placements, run_check=False, shape=update.shape, stride=update.stride()
     )

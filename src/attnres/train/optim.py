@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..model.moe import MixtureOfExperts
 from ..residual.base import Residual
-from .expert_muon import ExpertMuon
+from .expert_muon import ExpertMuon, Muon
 
 OptimizerName = Literal["adamw", "muon"]
 ScheduleName = Literal["cosine", "wsd", "constant"]
@@ -250,7 +250,7 @@ def _adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Opt
 
 
 def _muon(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
-    return torch.optim.Muon(groups, lr=config.lr, adjust_lr_fn="match_rms_adamw")
+    return Muon(groups, lr=config.lr)
 
 
 def _expert_muon(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
