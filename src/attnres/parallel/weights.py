@@ -1,8 +1,9 @@
-"""Whole parameters in and out of a model of which each process holds a part.
+"""Whole tensors in and out of a model of which each process holds a part: parameters, and the buffers that are saved.
 
-A part is a chunk's layers, of those the rows or columns of tensor parallelism, of those the shard of FSDP. Names are
-the whole decoder's. A parameter of the residual connection with a row a layer is known by its rows
-("residual.pseudo_query.3"), since a chunk holds its own layers' only; tied embeddings are known as embed_tokens.weight.
+A part is a chunk's layers, of those the experts of expert parallelism, the rows or columns of tensor parallelism, of
+those the shard of FSDP; buffers are whole. Names are the whole decoder's. A parameter of the residual connection with a
+row a layer is known by its rows ("residual.pseudo_query.3"), since a chunk holds its own layers' only; tied embeddings
+are known as embed_tokens.weight.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -35,15 +36,22 @@ def initial_values(config: DecoderConfig, seed: int) -> Iterator[tuple[str, Tens
         yield f"residual.{name}", parameter.detach()
 
 
+def held_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What `model` holds of all that a checkpoint saves: parameters and persistent buffers."""
+    saved = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
+    return {**dict(model.named_parameters()), **buffers}
+
+
 def place(model: Backbone, values: Iterable[tuple[str, Tensor]]) -> None:
-    """Copies from whole parameters, or single rows, what `model` holds of them; others are passed over."""
-    held = dict(model.named_parameters())
+    """Copies from whole tensors, or single rows, what `model` holds of them; others are passed over."""
+    own = held_tensors(model)
     for name, value in values:
         for part, tensor in split_rows(model, name, value):
-            if part in held:
-                copy_part(held[part], tensor)
-            if part == EMBEDDING and model.config.tie_word_embeddings and HEAD in held:
-                copy_part(held[HEAD], tensor)
+            if part in own:
+                copy_part(own[part], tensor)
+            if part == EMBEDDING and model.config.tie_word_embeddings and HEAD in own:
+                copy_part(own[HEAD], tensor)
 
 
 def split_rows(model: Backbone, name: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from ..errors import Failure, UsageError
 from ..model import DecoderConfig
 from ..parallel.chunk import Chunk
-from ..parallel.weights import EMBEDDING, HEAD, copy_part, place, split_rows
+from ..parallel.weights import EMBEDDING, HEAD, copy_part, held_tensors, place, split_rows
 from . import checkpoint
 from .optim import Optimizers
 
@@ -58,7 +58,7 @@ def save(
     state: JSON values, the first process's. Raises Failure in all of them if one cannot write, with every earlier
     checkpoint in place.
     """
-    tensors = {f"model/{name}": tensor.detach() for name, tensor in _parameters(parts)}
+    tensors = {f"model/{name}": tensor.detach() for name, tensor in _model_tensors(parts)}
     tensors |= dict(_optimizer_tensors(parts, optimizer))
     with ExitStack() as stack:
         scratch = on_first(lambda: stack.enter_context(checkpoint.new_checkpoint(root, step, keep)))
@@ -87,7 +87,7 @@ def load(path: Path, parts: Sequence[Chunk], optimizer: Optimizers) -> tuple[dic
     manifest = on_first(lambda: checkpoint.read_manifest(path))
     if manifest["format"] == checkpoint.PLAIN:
         return _load_plain(path, parts, optimizer)
-    model = dict(_parameters(parts))
+    model = dict(_model_tensors(parts))
     tensors: dict[str, Tensor] = {f"model/{name}": tensor.detach() for name, tensor in model.items()}
     for key, stored in _metadata(path).items():
         kind, *rest = key.split("/")
@@ -195,15 +195,15 @@ def _reasons(error: CheckpointException) -> str:
     return "; ".join(sorted({str(failure).strip().partition("\n")[0] for failure, _ in error.failures.values()}))
 
 
-def _parameters(parts: Sequence[Chunk]) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter of this process under its name in the whole model; of two tied copies the embedding."""
+def _model_tensors(parts: Sequence[Chunk]) -> Iterator[tuple[str, Tensor]]:
+    """What this process saves under its name in the whole model; of two tied copies the embedding."""
     seen = set()
     for part in parts:
-        for own, parameter in part.named_parameters():
+        for own, tensor in held_tensors(part).items():
             name = EMBEDDING if own == HEAD and part.config.tie_word_embeddings else own
             if name not in seen:
                 seen.add(name)
-                yield name, parameter
+                yield name, tensor
 
 
 def _is_tied_pair(parts: Sequence[Chunk]) -> bool:
@@ -245,7 +245,7 @@ def _load_plain(path: Path, parts: Sequence[Chunk], optimizer: Optimizers) -> tu
     saved = checkpoint.load(path)
     for part in parts:
         place(part, saved.model_tensors.items())
-    model = dict(_parameters(parts))
+    model = dict(_model_tensors(parts))
     tensors: dict[str, Tensor] = {}
     for owner, parameters in saved.optimizer_state.items():
         for whole_name, values in parameters.items():
