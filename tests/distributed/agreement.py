@@ -9,7 +9,7 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from attnres.model import Decoder, DecoderConfig
-from attnres.parallel import gradients, mesh, shard, tensor
+from attnres.parallel import experts, gradients, mesh, shard, tensor
 from attnres.parallel.config import ParallelConfig
 from attnres.train.optim import OptimConfig, build_optimizer
 
@@ -27,7 +27,8 @@ SHAPE = {
 
 @dataclass(frozen=True)
 class Case:
-    """sizes: of ParallelConfig; model: what differs from SHAPE; reduce: whether replicated gradients are summed."""
+    """sizes: of ParallelConfig; model: what differs from SHAPE; reduce: whether replicated gradients are summed and
+    experts' averaged."""
 
     sizes: dict[str, int]
     model: dict[str, Any] = field(default_factory=dict)
@@ -64,9 +65,12 @@ class Parallel:
         self.mesh = mesh.build(self.config, CPU)
         self.model = decoder(case.model, dtype)
         self.model.enable_checkpointing(case.checkpointing)
+        self.expert_mesh = mesh.of_experts(self.config, self.mesh)
+        if self.expert_mesh is not None:
+            experts.apply(self.model, self.expert_mesh)
         if self.config.tp > 1:
             tensor.apply(self.model, self.mesh["tp"])
-        shard.apply(self.model, self.mesh)
+        shard.apply(self.model, self.mesh, self.expert_mesh)
         replicas = self.config.dp * self.config.shard
         own = self.mesh.get_local_rank("dp") * self.config.shard + self.mesh.get_local_rank("shard")
         self.rows = slice(own * ROWS // replicas, (own + 1) * ROWS // replicas)
@@ -79,6 +83,8 @@ class Parallel:
                 loss = loss_of(self.model, batch(index)[self.rows]) / self.case.accumulate
             loss.backward()
             total += loss.detach()
+        if self.case.reduce:
+            experts.average_gradients(self.model, self.config.ep)
         if self.config.tp > 1 and self.case.reduce:
             tensor.reduce_replicated_gradients(self.model, self.mesh["tp"])
         return self.mean(total)
@@ -119,7 +125,9 @@ def errors(case: Case) -> dict[str, Any]:
 
     norm = nn.utils.get_total_norm([parameter.grad for parameter in true.values()])
     half = norm.item() / 2
-    found["norm"] = abs(gradients.clip(own.values(), half, split.mesh).item() / norm.item() - 1)
+    found["norm"] = abs(
+        gradients.clip(own.values(), half, split.mesh, expert_mesh=split.expert_mesh).item() / norm.item() - 1
+    )
     nn.utils.clip_grads_with_norm_(true.values(), half, norm)
     found["clipped"] = furthest({name: (own[name].grad, true[name].grad) for name in own})
 

@@ -2,19 +2,26 @@
 
 import torch
 from torch import distributed, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from attnres.errors import UsageError
 from attnres.model.moe import MixtureOfExperts
 from attnres.parallel import mesh
 from attnres.parallel.config import ParallelConfig
-from attnres.parallel.experts import split_experts
+from attnres.parallel.experts import EXPERTS, split_experts
 from attnres.train.balance import balance_experts
-from attnres.train.expert_muon import ExpertMuon
+from attnres.train.expert_muon import ExpertMuon, Muon
 
 from .agreement import CPU
 
-EXPERTS = ("gate_proj", "up_proj", "down_proj")
+
+def sharers(processes: int) -> DeviceMesh:
+    """All processes, which share the experts."""
+    config = ParallelConfig(shard=processes, ep=processes)
+    found = mesh.of_experts(config, mesh.build(config, CPU))
+    assert found is not None
+    return found["ep"]
 
 
 def mixture(experts: int = 8) -> MixtureOfExperts:
@@ -26,10 +33,10 @@ def mixture(experts: int = 8) -> MixtureOfExperts:
 
 def expert_parallel_errors(processes: int, lopsided: bool) -> dict[str, float]:
     """Largest differences of output, input gradient, parameter gradients, load and bias from one process."""
-    group = mesh.build(ParallelConfig(shard=processes), CPU).get_group("shard")
-    rank = distributed.get_rank(group)
+    sharing = sharers(processes)
+    group, rank = sharing.get_group(), sharing.get_local_rank()
     alone, split = mixture(), mixture()
-    split_experts(split, group)
+    split_experts(split, sharing)
     if lopsided:  # the last process's experts are chosen by no token
         for moe in (alone, split):
             moe.correction_bias[-8 // processes :] -= 10
@@ -45,7 +52,7 @@ def expert_parallel_errors(processes: int, lopsided: bool) -> dict[str, float]:
             continue
         gradient, true = parameter.grad, alone.get_parameter(name).grad
         if name in EXPERTS:
-            true = true.chunk(processes)[rank]
+            gradient, true = gradient.to_local(), true.chunk(processes)[rank]
         else:
             distributed.all_reduce(gradient, group=group)
         errors[name] = gradient - true
@@ -56,12 +63,28 @@ def expert_parallel_errors(processes: int, lopsided: bool) -> dict[str, float]:
 
 
 def refusal(processes: int, experts: int) -> str:
-    group = mesh.build(ParallelConfig(shard=processes), CPU).get_group("shard")
     try:
-        split_experts(mixture(experts), group)
+        split_experts(mixture(experts), sharers(processes))
     except UsageError as error:
         return str(error)
     raise AssertionError("it was not refused")
+
+
+def thin_muon_error(processes: int, shape: tuple[int, int], dim: int) -> float:
+    """Largest difference of a matrix after three steps of Muon, split along `dim`, from one process."""
+    device_mesh = mesh.build(ParallelConfig(shard=processes), CPU)["shard"]
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=generator)
+    alone = nn.Parameter(weight.clone())
+    split = nn.Parameter(distribute_tensor(weight.clone(), device_mesh, [Shard(dim)]))
+    optimizers = [torch.optim.Muon([alone], lr=0.1, adjust_lr_fn="match_rms_adamw"), Muon([split], lr=0.1)]
+    for _ in range(3):
+        gradient = torch.randn(shape, generator=generator)
+        alone.grad, split.grad = gradient, distribute_tensor(gradient, device_mesh, [Shard(dim)])
+        for optimizer in optimizers:
+            optimizer.step()
+    assert split.grad is not None and optimizers[1].state[split]["momentum_buffer"].placements == (Shard(dim),)
+    return (split.full_tensor() - alone).abs().max().item()
 
 
 def muon_error(processes: int, dim: int) -> float:

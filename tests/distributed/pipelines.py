@@ -10,8 +10,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from attnres.model import Decoder, DecoderConfig
+from attnres.parallel import experts, pipeline, tensor, weights
 from attnres.parallel import mesh as meshes
-from attnres.parallel import pipeline, tensor, weights
 from attnres.parallel.build import build_parts
 from attnres.parallel.config import ParallelConfig
 from attnres.parallel.stage import Store
@@ -23,7 +23,7 @@ VOCABULARY, CONTEXT, WIDTH = 19, 6, 8
 HYBRID = {
     "attention_pattern": ("kda", "mla"),
     "linear_chunk_size": 4,
-    "num_experts": 3,
+    "num_experts": 4,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 4,
     "first_k_dense_replace": 1,
@@ -85,11 +85,21 @@ def build(config: DecoderConfig, parallel: ParallelConfig, rows: int, case: dict
     rows //= parallel.dp * parallel.shard
     stream = (rows // parallel.microbatch_count, CONTEXT // parallel.tp, WIDTH)
     layout = pipeline.Layout(config, parallel, stream, torch.float64, case.get("cuts"))
-    parts = build_parts(config, layout, mesh, CPU, CONTEXT, 0, case.get("checkpointing", False), dtype=torch.float64)
+    parts = build_parts(
+        config,
+        layout,
+        mesh,
+        CPU,
+        CONTEXT,
+        0,
+        case.get("checkpointing", False),
+        torch.float64,
+        meshes.of_experts(parallel, mesh),
+    )
     for part in parts:
         weights.place(part, whole(config).named_parameters())
     line = pipeline.Pipeline(parts, layout, parallel, mesh, CPU, rows, CONTEXT, loss_sum)
-    line.mesh = mesh
+    line.mesh, line.ep = mesh, parallel.ep
     return line
 
 
@@ -98,6 +108,8 @@ def train(line: pipeline.Pipeline, inputs: Tensor, targets: Tensor) -> float:
     for part in line.parts:
         part.zero_grad()
     loss = line.train(inputs, targets).item()
+    for part in line.parts:
+        experts.average_gradients(part, line.ep)
     if line.mesh["tp"].size() > 1:
         for part in line.parts:
             tensor.reduce_replicated_gradients(part, line.mesh["tp"])

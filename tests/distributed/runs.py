@@ -9,6 +9,7 @@ import resource
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,19 @@ from torch.distributed.checkpoint import FileSystemWriter
 
 from attnres.cli import main
 from attnres.errors import Failure, UsageError
-from attnres.model import DecoderConfig
+from attnres.model import DecoderConfig, preset
 from attnres.parallel import mesh
 from attnres.parallel.config import ParallelConfig
+from attnres.parallel.weights import held_tensors
 from attnres.train import checkpoint, hardware
 from attnres.train.config import TrainConfig
+from attnres.train.data import load_corpus
 from attnres.train.journal import Journal
 from attnres.train.optim import OptimConfig
 from attnres.train.parallel_trainer import ParallelTrainer
 from attnres.train.trainer import Trainer, train
+
+from .agreement import whole
 
 RUN: dict[str, Any] = {
     "steps": 3,
@@ -48,6 +53,7 @@ MODEL: dict[str, Any] = {
     "residual": "block_attnres",
     "residual_options": {"block_size": 3},
 }
+EXPERTS = {**asdict(preset("kimi-linear-tiny")), "vocab_size": 261}
 
 
 def settings(
@@ -70,15 +76,20 @@ def settings(
     )
 
 
+def prepare(config: TrainConfig) -> None:
+    """Keeps runs quick and quiet, and their processes together after a run."""
+    hardware.peak_flops = lambda device, precision: 1e11  # measuring it takes as long as the run
+    Journal.say = lambda self, text: None
+    if config.parallel.world_size > 1 and not torch.distributed.is_initialized():
+        mesh.build(ParallelConfig(dp=config.parallel.world_size, timeout=60), torch.device("cpu"))
+
+
 def run(config: TrainConfig, resume: bool = False, stop: tuple[int, int] | None = None) -> tuple[bool, int, float]:
     """Whether the run finished, its steps and its validation loss.
 
     stop: (rank, step), the one process that gets a SIGTERM in that step.
     """
-    hardware.peak_flops = lambda device, precision: 1e11  # measuring it takes as long as the run
-    Journal.say = lambda self, text: None
-    if config.parallel.world_size > 1 and not torch.distributed.is_initialized():
-        mesh.build(ParallelConfig(dp=config.parallel.world_size, timeout=60), torch.device("cpu"))
+    prepare(config)
     take_step = {cls: cls._train_step for cls in (Trainer, ParallelTrainer)}
 
     def stopped(self: Trainer, *args: Any) -> Any:
@@ -94,6 +105,35 @@ def run(config: TrainConfig, resume: bool = False, stop: tuple[int, int] | None 
         for cls, right in take_step.items():
             cls._train_step = right
     return result.finished, result.step, result.val_loss
+
+
+def restored(config: TrainConfig, path: Path) -> tuple[list[str], dict[str, list[float]]]:
+    """What of a checkpoint this process has not got, bit for bit, when it goes on from it; its experts' biases."""
+    prepare(config)
+    corpus = load_corpus(config.data, config.tokenizer, config.cache_dir)
+    trainer = ParallelTrainer(config, corpus, mesh.build(config.parallel, torch.device("cpu")), torch.device("cpu"))
+    trainer.restore(path)
+    saved = checkpoint.load(path)
+    own = {name: tensor for part in trainer.parts for name, tensor in held_tensors(part).items()}
+    wrong = [
+        name
+        for name, tensor in saved.model_tensors.items()
+        if not name.startswith("residual.") and not torch.equal(whole(own[name]), tensor)  # which are held by rows
+    ]
+    states = trainer.optimizer.state_dict()
+    for owner, parameters in saved.optimizer_state.items():
+        for name, saved_state in parameters.items():
+            for key, tensor in saved_state.items() if not name.startswith("residual.") else ():
+                if not torch.equal(whole(states[owner][name][key]), tensor):
+                    wrong.append(f"{owner}/{name}/{key}")
+    return wrong, {name: bias.tolist() for name, bias in own.items() if name.endswith("correction_bias")}
+
+
+def trained_biases(config: TrainConfig) -> dict[str, list[float]]:
+    """The biases of this process's experts after a run."""
+    prepare(config)
+    buffers = train(config).model.named_buffers()
+    return {name: bias.tolist() for name, bias in buffers if name.endswith("correction_bias")}
 
 
 def failing(config: TrainConfig, resume: bool = False, full: int | None = None) -> tuple[str, str]:
@@ -166,5 +206,5 @@ def largest_file(size: int) -> Iterator[None]:
 def curve(out: Path) -> dict[str, list[float]]:
     """The numbers that a run recorded, by name, oldest first, but for its speed."""
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    names = ("step", "loss", "lr", "grad_norm", "val_loss")
+    names = ("step", "loss", "lr", "grad_norm", "val_loss", "max_load", "min_load")
     return {name: [record[name] for record in records if name in record] for name in names}

@@ -3,6 +3,7 @@
 import pytest
 
 from attnres import residual
+from attnres.parallel.config import ParallelConfig
 
 from .agreement import Case, errors
 
@@ -29,10 +30,9 @@ def name(sizes: dict[str, int]) -> str:
 
 
 def worst(world, case: Case) -> dict[str, tuple[float, str]]:
-    size = 1
-    for count in case.sizes.values():
-        size *= count
-    return max(world(size).run(errors, case), key=lambda found: found["gradients"][0])
+    return max(
+        world(ParallelConfig(**case.sizes).world_size).run(errors, case), key=lambda found: found["gradients"][0]
+    )
 
 
 def assert_equal(found) -> None:
@@ -78,6 +78,27 @@ HYBRID = {
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_so_they_are_with_delta_attention_latent_attention_and_experts(world, sizes, checkpointing):
     assert_equal(worst(world, Case(sizes, {**HYBRID, **PLAIN}, checkpointing=checkpointing, accumulate=2)))
+
+
+EXPERT_LAYOUTS = [
+    {"shard": 2, "ep": 2},
+    {"dp": 2, "ep": 2},
+    {"shard": 4, "ep": 2},
+    {"dp": 2, "shard": 2, "ep": 2},
+    {"dp": 2, "shard": 2, "ep": 4},
+    {"shard": 2, "tp": 2, "ep": 2},
+]
+EXPERTS = {**HYBRID, "num_experts": 4, **PLAIN}
+
+
+@pytest.mark.parametrize("sizes", EXPERT_LAYOUTS, ids=name)
+def test_so_they_are_with_experts_on_many_processes(world, sizes):
+    assert_equal(worst(world, Case(sizes, EXPERTS, checkpointing=True, accumulate=2)))
+
+
+def test_without_their_mean_the_gradients_of_experts_are_wrong(world):
+    error, parameter = worst(world, Case({"shard": 4, "ep": 2}, EXPERTS, reduce=False))["gradients"]
+    assert error == pytest.approx(1) and parameter.endswith(("gate_proj", "up_proj", "down_proj"))
 
 
 def test_without_the_sum_over_tp_the_replicated_gradients_are_wrong(world):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from attnres.errors import Failure
 from attnres.train import checkpoint, sharded
@@ -16,11 +17,14 @@ from . import runs
 PP = {"pp": 4, "microbatches": 4, "schedule": "Interleaved1F1B", "virtual_stages": 2}
 TP_PP = {"tp": 2, "pp": 2, "microbatches": 2}
 SHARD_PP = {"shard": 2, "pp": 2, "microbatches": 2, "schedule": "ZBVZeroBubble", "virtual_stages": 2}
+EP = {"shard": 4, "ep": 2}
+EP_PP = {"shard": 2, "pp": 2, "ep": 2, "microbatches": 2}
 ALONE: dict = {}
 TIED_FULL = {"residual": "full_attnres", "residual_options": {}, "tie_word_embeddings": True}
 CHAINS = {
     "adamw": ({}, {}, [PP, TP_PP, ALONE, SHARD_PP, {"dp": 4}], 1e-5, 1e-5),
     "adamw, tied": (TIED_FULL, {}, [SHARD_PP, PP, {"tp": 2, "shard": 2}, ALONE, PP], 1e-5, 1e-5),
+    "adamw, experts": (runs.EXPERTS, {}, [EP, {**EP, "ep": 4}, ALONE, EP_PP, PP], 1e-5, 1e-5),
     "muon": ({}, {"optimizer": "muon"}, [PP, TP_PP, ALONE, {"shard": 4}], 1e-3, 2e-2),  # it works in bfloat16
 }
 
@@ -53,6 +57,22 @@ def test_a_run_goes_on_under_any_other_split(world, corpus_file, tmp_path, chain
         many, one = (checkpoint.load(tmp_path / out / f"checkpoints/step-{step:08d}") for out in ("many", "one"))
         assert_close(many.model_tensors, one.model_tensors, tolerance, f"step {step}")
         assert_close(many.optimizer_state, one.optimizer_state, tolerance, f"step {step}")
+
+
+def test_experts_and_their_balance_are_restored_bit_for_bit_on_any_number_of_processes(world, corpus_file, tmp_path):
+    out, run = tmp_path / "run", {"model": runs.EXPERTS, "optim": {"optimizer": "muon"}, "steps": 2}
+    balance = world(4).run(runs.trained_biases, runs.settings(corpus_file, out, EP, **run))
+    assert len(balance[0]) == 3 and all(any(bias) for bias in balance[0].values())
+    assert balance == balance[:1] * 4
+    path = newest_checkpoint(out)
+    for split in ({**EP, "ep": 4}, {"shard": 2, "tp": 2, "ep": 2}, {"dp": 4}):
+        config = runs.settings(corpus_file, out, split, **run)
+        assert world(4).run(runs.restored, config, path) == [([], balance[0])] * 4, split
+    sharded.export(path)
+    stored = load_file(path / "model.safetensors")
+    assert {name: stored[name].tolist() for name in balance[0]} == balance[0]
+    decoder, _ = load_run(out, "cpu")
+    assert {name: b.tolist() for name, b in decoder.named_buffers() if name in balance[0]} == balance[0]
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """What a split is made of, and that every one that cannot work is refused with its sums."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from attnres.parallel.config import ParallelConfig
 MODEL = DecoderConfig(
     hidden_size=48, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2, intermediate_size=64
 )
+EXPERTS = replace(MODEL, num_experts=8, num_experts_per_tok=2)
 SPLIT = {"pp": 2, "virtual_stages": 2, "microbatches": 4}
 
 
@@ -24,6 +27,7 @@ def check(world_size=None, model=MODEL, batch_size=16, context=32, checkpointing
     [
         {},
         {"dp": 2, "shard": 2, "tp": 2, "pp": 2},
+        {"dp": 2, "shard": 2, "ep": 4, "tp": 2, "pp": 2, "model": EXPERTS},
         {"pp": 3, "microbatches": 4},
         {"pp": 3, "virtual_stages": 2, "schedule": "LoopedBFS", "microbatches": 1},
         {"pp": 2, "virtual_stages": 3, "schedule": "Interleaved1F1B"},
@@ -36,6 +40,15 @@ def check(world_size=None, model=MODEL, batch_size=16, context=32, checkpointing
 def test_splits_that_work_are_let_through(sizes, monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.13.0")
     check(**sizes)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "left"),
+    [((2, 4, 1), (2, 4)), ((2, 4, 2), (2, 2)), ((2, 4, 4), (2, 1)), ((2, 4, 8), (1, 1)), ((3, 4, 6), (2, 1))],
+)
+def test_experts_take_processes_of_shard_first_and_leave_the_rest_to_copies(sizes, left):
+    config = ParallelConfig(**dict(zip(("dp", "shard", "ep"), sizes, strict=True)))
+    assert config.expert_replicas == left and config.world_size == sizes[0] * sizes[1]
 
 
 def test_sizes_that_follow_from_others():
@@ -53,6 +66,24 @@ REFUSALS = [
     ({"dp": 2, "tp": 2, "world_size": 6}, r"2 x 1 x 2 x 1 = 4, and there are 6.*start 4 processes"),
     ({"dp": 2, "shard": 3}, r"batch_size .*16 sequences over 2 x 3 = 6 leave 4 over"),
     ({"dp": 2, "pp": 3, "microbatches": 3}, r"16 / \(2 x 1\) = 8 sequences over 3 micro-batches leave 2 over"),
+    ({"ep": 0}, r"parallel\.ep must be a positive whole number; it is 0"),
+    (
+        {"dp": 2, "shard": 2, "ep": 3, "model": EXPERTS},
+        r"parallel\.ep must divide parallel\.dp x shard: 2 x 2 = 4 processes in groups of 3 leave 1 over",
+    ),
+    ({"tp": 2, "ep": 2}, r"parallel\.ep must divide parallel\.dp x shard: 1 x 1 = 1 processes in groups of 2 leave 1"),
+    (
+        {"shard": 2, "ep": 2},
+        r"parallel\.ep 2 is for a mixture of experts, and the model has none; leave it out, or set",
+    ),
+    (
+        {"shard": 2, "ep": 2, "model": replace(EXPERTS, first_k_dense_replace=3)},
+        r"parallel\.ep 2 is for a mixture of experts, and the model has none",
+    ),
+    (
+        {"shard": 16, "ep": 16, "model": EXPERTS},
+        r"num_experts must be a multiple of parallel\.ep: 8 over 16 leaves 8 over",
+    ),
     ({"tp": 2, "context": 33}, r"context must be a multiple of parallel\.tp: 33 over 2 leaves 1 over"),
     ({"tp": 4}, r"num_attention_heads must be a multiple of parallel\.tp: 6 over 4 leaves 2 over"),
     ({"tp": 3, "context": 33}, r"num_key_value_heads must be a multiple of parallel\.tp: 2 over 3 leaves 2 over"),

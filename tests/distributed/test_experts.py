@@ -2,7 +2,7 @@
 
 import pytest
 
-from .mixtures import expert_parallel_errors, muon_error, refusal
+from .mixtures import expert_parallel_errors, muon_error, refusal, thin_muon_error
 
 
 @pytest.mark.parametrize("lopsided", [False, True])
@@ -22,3 +22,8 @@ def test_experts_that_do_not_divide_are_refused(world):
 @pytest.mark.parametrize("dim", [0, 1, 2])
 def test_muon_of_split_experts_is_that_of_whole_ones(world, dim):
     assert max(world(2).run(muon_error, 2, dim)) < 1e-3  # of steps of 0.02 to 0.06; the iteration is in bfloat16
+
+
+@pytest.mark.parametrize(("shape", "dim"), [((2, 12), 0), ((12, 3), 1), ((8, 12), 0)])
+def test_muon_takes_matrices_of_fewer_rows_than_processes(world, shape, dim):
+    assert max(world(4).run(thin_muon_error, 4, shape, dim)) < 1e-3

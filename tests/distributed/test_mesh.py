@@ -33,6 +33,30 @@ def test_every_dimension_has_its_groups_and_tp_lies_on_neighbours(world):
         assert total == 6
 
 
+def grid_of_experts(sizes: dict[str, int]) -> tuple[dict[str, list[int]], bool]:
+    """Ranks that share a group of the experts' mesh, by dimension; whether asking again makes no other mesh."""
+    config = ParallelConfig(**sizes)
+    built = mesh.build(config, CPU)
+    found = mesh.of_experts(config, built)
+    groups = {name: distributed.get_process_group_ranks(found.get_group(name)) for name in mesh.EXPERT_DIMENSIONS}
+    return groups, mesh.of_experts(config, built) is found
+
+
+def test_experts_are_shared_by_neighbours_among_those_that_train_on_other_rows(world):
+    assert world(4).run(grid_of_experts, {"shard": 4, "ep": 2}) == [
+        ({"expert_dp": [rank], "expert_shard": [rank % 2, rank % 2 + 2], "ep": pair, "tp": [rank]}, True)
+        for rank, pair in enumerate([[0, 1], [0, 1], [2, 3], [2, 3]])
+    ]
+    assert world(4).run(grid_of_experts, {"dp": 2, "pp": 2, "ep": 2}) == [
+        ({"expert_dp": [rank], "expert_shard": [rank], "ep": pair, "tp": [rank]}, True)
+        for rank, pair in enumerate([[0, 1], [0, 1], [2, 3], [2, 3]])
+    ]
+    assert world(4).run(grid_of_experts, {"shard": 2, "tp": 2, "ep": 2}) == [
+        ({"expert_dp": [rank], "expert_shard": [rank], "ep": [rank % 2, rank % 2 + 2], "tp": pair}, True)
+        for rank, pair in enumerate([[0, 1], [0, 1], [2, 3], [2, 3]])
+    ]
+
+
 def wait_for_nobody() -> tuple[str, float]:
     """What a process is told whose neighbour does not come, and after how many seconds."""
     built = mesh.build(ParallelConfig(tp=2, timeout=2), CPU)

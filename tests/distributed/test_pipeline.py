@@ -14,7 +14,7 @@ TOLERANCE = 1e-10
 
 
 def case(name, schedule="1F1B", stages=1, pp=4, count=8, **rest):
-    sizes = {key: rest.pop(key) for key in ("dp", "shard", "tp", "pipeline_cache") if key in rest}
+    sizes = {key: rest.pop(key) for key in ("dp", "shard", "ep", "tp", "pipeline_cache") if key in rest}
     model = {"residual": name, **rest.pop("model", {})}
     parallel = {"pp": pp, "virtual_stages": stages, "schedule": schedule, "microbatches": count, **sizes}
     return {"model": model, "parallel": parallel, **rest}
@@ -54,11 +54,14 @@ FOUR = [
     case(PLAIN, pp=2, tp=2, count=4),
     case(BLOCK, "Interleaved1F1B", 2, pp=2, tp=2, count=4, model={"hybrid": True}),
     case(BLOCK, pp=2, shard=2, count=4, checkpointing=True, model={"hybrid": True}),
+    case(BLOCK, pp=2, shard=2, ep=2, count=2, checkpointing=True, evaluate=True, model={"hybrid": True}),
+    case(BLOCK, "ZBVZeroBubble", 2, pp=2, dp=2, ep=2, count=4, model={"hybrid": True}),
 ]
 TWO = [case(BLOCK, "Interleaved1F1B", 4, pp=2, count=2 + 2 * i, model={"block_size": 1 + 2 * i}) for i in range(2)]
 EIGHT = [
     case(BLOCK, "Interleaved1F1B", 2, pp=2, shard=2, tp=2, count=2, model={"tied": True}),
     case(FULL, pp=2, dp=2, shard=2, count=2),
+    case(BLOCK, pp=2, shard=4, ep=2, count=2, model={"hybrid": True}),
 ]
 
 

@@ -10,6 +10,7 @@ ZERO_BUBBLE = {"schedule": "ZBVZeroBubble", "virtual_stages": 2}
 INTERLEAVED = {"schedule": "Interleaved1F1B", "virtual_stages": 2}
 TIED, FULL = {"tie_word_embeddings": True}, {"residual": "full_attnres", "residual_options": {}}
 MUON = {"optimizer": "muon"}
+KIMI = {"model": runs.EXPERTS, "steps": 3}
 ROUNDING, IN_BF16 = 2e-6, 1e-3  # Muon orthogonalises in bfloat16
 
 CASES = {
@@ -31,6 +32,10 @@ CASES = {
     ),
     "muon, shard 2 x tp 2": ({"shard": 2, "tp": 2}, {"optim": MUON, "steps": 2}, IN_BF16),
     "muon, pp 4 x 2": ({"pp": 4, "microbatches": 4, **INTERLEAVED}, {"optim": MUON}, IN_BF16),
+    "experts over 2, shard 4": ({"shard": 4, "ep": 2}, {**KIMI, "accumulate": 2}, ROUNDING),
+    "experts over 4, dp 2 x shard 2": ({"dp": 2, "shard": 2, "ep": 4}, {**KIMI, "checkpointing": True}, ROUNDING),
+    "experts over 2, shard 2 x pp 2": ({"shard": 2, "pp": 2, "ep": 2, "microbatches": 2}, KIMI, ROUNDING),
+    "experts over 2, muon, shard 4": ({"shard": 4, "ep": 2}, {**KIMI, "optim": MUON}, IN_BF16),
     "bf16, tp 2 x pp 2": ({"tp": 2, "pp": 2, "microbatches": 2}, {"precision": "bfloat16"}, 1e-2),
     "bf16, shard 4": ({"shard": 4}, {"precision": "bfloat16", "checkpointing": True}, 1e-2),
 }

@@ -6,7 +6,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..model import DecoderConfig
-from . import shard, tensor, weights
+from . import experts, shard, tensor, weights
 from .chunk import Chunk
 from .pipeline import Layout, chunks
 
@@ -20,18 +20,21 @@ def build_parts(
     seed: int,
     checkpointing: bool = False,
     dtype: torch.dtype = torch.float32,
+    expert_mesh: DeviceMesh | None = None,
 ) -> list[Chunk]:
     """This process's chunks, in the order of their layers; without a pipeline the whole decoder is one.
 
     No process ever holds more than its own parts and one whole matrix. The initial weights are those of
-    `Decoder(config, seed)`. context: tokens T of a sequence; dtype: of the parameters.
+    `Decoder(config, seed)`. context: tokens T of a sequence; dtype: of the parameters; expert_mesh: `mesh.of_experts`.
     """
     parts = chunks(config, layout, mesh["pp"].get_local_rank(), context)
     for part in parts:
         part.to(dtype)
+        if expert_mesh is not None:
+            experts.apply(part, expert_mesh)
         if mesh["tp"].size() > 1:
             tensor.apply(part, mesh["tp"])
-        shard.apply(part, mesh)
+        shard.apply(part, mesh, expert_mesh)
         part.to_empty(device=device)
     for part in parts:
         if config.tie_word_embeddings and part.is_first and part.is_last:

@@ -29,6 +29,9 @@ class ParallelConfig:
     shard: int = 1
     """Processes that share one replica's parameters, gradients and optimizer state (FSDP2); each trains on its own part
     of the batch."""
+    ep: int = 1
+    """Processes, of the dp x shard that train on parts of the batch, that share the experts of every layer (expert
+    parallelism)."""
     tp: int = 1
     """Processes that split every matrix, and between layers the tokens of every sequence (tensor parallelism)."""
     pp: int = 1
@@ -45,7 +48,7 @@ class ParallelConfig:
     """Seconds that a process waits for the others; after that a job of which one process has died ends."""
 
     def __post_init__(self) -> None:
-        for name in ("dp", "shard", "tp", "pp", "virtual_stages", "timeout"):
+        for name in ("dp", "shard", "ep", "tp", "pp", "virtual_stages", "timeout"):
             _positive(name, getattr(self, name))
         if self.schedule not in get_args(ScheduleName):
             known = ", ".join(get_args(ScheduleName))
@@ -59,6 +62,13 @@ class ParallelConfig:
     def world_size(self) -> int:
         """Processes of the whole job."""
         return self.dp * self.shard * self.tp * self.pp
+
+    @property
+    def expert_replicas(self) -> tuple[int, int]:
+        """dp and shard as the experts have them: copies of each, and processes that share its parameters (FSDP2)."""
+        if self.shard % self.ep:
+            return self.dp * self.shard // self.ep, 1
+        return self.dp, self.shard // self.ep
 
     @property
     def microbatch_count(self) -> int:
@@ -87,6 +97,7 @@ class ParallelConfig:
                 f"{self.world_size} processes"
             )
         self._check_batch(batch_size)
+        self._check_experts(model)
         self._check_tensor(model, context)
         self._check_pipeline(model, checkpointing)
 
@@ -102,6 +113,24 @@ class ParallelConfig:
                 f"parallel.microbatches must divide the sequences of one replica: {batch_size} / ({self.dp} x "
                 f"{self.shard}) = {batch_size // ranks} sequences over {self.microbatch_count} micro-batches leave "
                 f"{batch_size // ranks % self.microbatch_count} over; change batch_size or microbatches"
+            )
+
+    def _check_experts(self, model: DecoderConfig) -> None:
+        ranks = self.dp * self.shard
+        if ranks % self.ep:
+            raise UsageError(
+                f"parallel.ep must divide parallel.dp x shard: {self.dp} x {self.shard} = {ranks} processes in groups "
+                f"of {self.ep} leave {ranks % self.ep} over"
+            )
+        if self.ep > 1 and not any(model.has_experts(i) for i in range(model.num_hidden_layers)):
+            raise UsageError(
+                f"parallel.ep {self.ep} is for a mixture of experts, and the model has none; leave it out, or set "
+                "model.num_experts"
+            )
+        if model.num_experts % self.ep:
+            raise UsageError(
+                f"num_experts must be a multiple of parallel.ep: {model.num_experts} over {self.ep} leaves "
+                f"{model.num_experts % self.ep} over"
             )
 
     def _check_tensor(self, model: DecoderConfig, context: int) -> None:

@@ -7,14 +7,28 @@ runs both in reverse.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from ..errors import UsageError
 from ..model.moe import Experts, MixtureOfExperts
+from .tensor import OWN_SHARE, own_parts
+
+EXPERTS = ("gate_proj", "up_proj", "down_proj")
+
+
+def apply(module: nn.Module, mesh: DeviceMesh) -> None:
+    """Splits the experts of all layers of `module` over ep (and tp) of `mesh`, which is `mesh.of_experts`, in place.
+
+    It comes before tensor parallelism and sharding. After the backward pass `average_gradients` must follow.
+    """
+    own = mesh["ep", "tp"] if mesh["tp"].size() > 1 else mesh["ep"]
+    for layer in list(module.modules()):
+        if isinstance(layer, MixtureOfExperts):
+            split_experts(layer, own)
 
 
 def exchanged(experts: Experts, group: distributed.ProcessGroup) -> Experts:
@@ -40,21 +54,54 @@ def exchanged(experts: Experts, group: distributed.ProcessGroup) -> Experts:
     return run
 
 
-def split_experts(layer: MixtureOfExperts, group: distributed.ProcessGroup) -> None:
+def split_experts(layer: MixtureOfExperts, mesh: DeviceMesh) -> None:
     """Keeps this process's share of the layer's experts, in place; results stay those of all experts.
 
-    Its weights must be equal on all processes. Each process goes on with tokens of its own; the gradients of router,
-    norm and shared experts are those of its own tokens, the gradients of experts the sum over the group. Raises
-    UsageError unless the experts divide.
+    mesh: [ep], the processes that share them, or [ep, tp]; tensor parallelism of the rest of the layer comes after. The
+    weights must be equal on all processes; those of experts become DTensors. Each process goes on with tokens of its
+    own; the gradients of router, norm and shared experts are those of its own tokens, the gradients of experts the sum
+    over ep. Raises UsageError unless the experts divide.
     """
-    processes, own = distributed.get_world_size(group), distributed.get_rank(group)
+    processes = mesh["ep"].size()
     if layer.num_experts % processes:
         raise UsageError(
             f"num_experts must be a multiple of the processes that share them: {layer.num_experts} over {processes} "
             f"leaves {layer.num_experts % processes} over"
         )
-    for name in ("gate_proj", "up_proj", "down_proj"):
+    for name in EXPERTS:
+        placements = [Shard(0), Shard(OWN_SHARE[MixtureOfExperts][name])][: mesh.ndim]
         parameter = getattr(layer, name)
-        share = parameter.detach().chunk(processes)[own].clone()
+        share = distribute_tensor(parameter.detach(), mesh, placements, src_data_rank=None)
         setattr(layer, name, nn.Parameter(share, parameter.requires_grad))
-    layer.exchange = partial(exchanged, group=group)
+    own, group = OwnExperts(layer), mesh.get_group("ep")
+    layer.own_experts = own
+    layer.exchange = lambda _: exchanged(own, group)
+
+
+class OwnExperts(nn.Module):
+    """A process's own experts: a module over the layer's own parameters, under the same names.
+
+    So FSDP can shard them over fewer processes than the rest of the layer, while the layer's parameters keep their
+    names.
+    """
+
+    def __init__(self, layer: MixtureOfExperts) -> None:
+        super().__init__()
+        self._parameters = layer._parameters  # one table: what FSDP puts there is what the layer computes with
+        self.run = layer.run_experts
+
+    def forward(self, x_RD: Tensor, count_E: Tensor) -> Tensor:
+        with own_parts([(self, name) for name in EXPERTS]):
+            return self.run(x_RD, count_E)
+
+
+def average_gradients(module: nn.Module, processes: int) -> None:
+    """Divides the gradients of experts by the processes that share them: they become the mean, like all others.
+
+    To be called once, after the backward passes of an optimizer step.
+    """
+    for own in module.modules():
+        if isinstance(own, OwnExperts):
+            for parameter in own.parameters():
+                if parameter.grad is not None:
+                    parameter.grad /= processes

@@ -10,7 +10,7 @@ from functools import cache
 from math import prod
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import UsageError
@@ -19,6 +19,9 @@ from .rendezvous import fresh_store
 
 DIMENSIONS = ("pp", "dp", "shard", "tp")
 """From the farthest apart to the nearest: tp talks in every layer and so lies on neighbouring devices."""
+
+EXPERT_DIMENSIONS = ("expert_dp", "expert_shard", "ep", "tp")
+"""Those of a stage's experts: its dp x shard processes in other groups."""
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -68,15 +71,37 @@ def build(config: ParallelConfig, device: torch.device) -> DeviceMesh:
     return _mesh(sizes, timeout, device.type, distributed.group.WORLD)
 
 
+def of_experts(config: ParallelConfig, mesh: DeviceMesh) -> DeviceMesh | None:
+    """The mesh [expert_dp, expert_shard, ep, tp] that the experts of this process's layers lie on; None if ep is 1.
+
+    mesh: what `build` returned for the same config. The processes of dp x shard, in order, are cut into groups of ep.
+    All processes of the job must call it together.
+    """
+    if config.ep == 1:
+        return None
+    sizes = (config.pp, *config.expert_replicas, config.ep, config.tp)
+    return _expert_mesh(sizes, timedelta(seconds=config.timeout), mesh, distributed.group.WORLD)
+
+
 @cache
 def _mesh(sizes: tuple[int, ...], timeout: timedelta, device_type: str, job: object) -> DeviceMesh:
     """The mesh of a job; made once, since every process group has threads of its own."""
     ranks = torch.arange(prod(sizes)).view(sizes)
-    # init_device_mesh would give these groups the backend's own timeout, half an hour for gloo
-    groups = [
-        distributed.new_subgroups_by_enumeration(
-            ranks.movedim(dim, -1).flatten(0, -2).tolist(), timeout=timeout, group_desc=name
-        )[0]
-        for dim, name in enumerate(DIMENSIONS)
-    ]
+    groups = [_group(ranks, dim, name, timeout) for dim, name in enumerate(DIMENSIONS)]
     return DeviceMesh.from_group(groups, device_type, ranks, mesh_dim_names=DIMENSIONS)
+
+
+@cache
+def _expert_mesh(sizes: tuple[int, ...], timeout: timedelta, mesh: DeviceMesh, job: object) -> DeviceMesh:
+    ranks = torch.arange(prod(sizes)).view(sizes)
+    groups = [_group(ranks, dim, name, timeout) for dim, name in enumerate(EXPERT_DIMENSIONS[:-1], 1)]
+    groups.append(mesh.get_group("tp"))
+    stage = ranks[mesh.get_local_rank("pp")]
+    return DeviceMesh.from_group(groups, mesh.device_type, stage, mesh_dim_names=EXPERT_DIMENSIONS)
+
+
+def _group(ranks: Tensor, dim: int, name: str, timeout: timedelta) -> distributed.ProcessGroup:
+    """This process's group along a dimension of the grid `ranks`."""
+    # init_device_mesh would give these groups the backend's own timeout, half an hour for gloo
+    lines = ranks.movedim(dim, -1).flatten(0, -2).tolist()
+    return distributed.new_subgroups_by_enumeration(lines, timeout=timeout, group_desc=name)[0]

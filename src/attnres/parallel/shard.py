@@ -12,17 +12,18 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from ..model.layers import ATTENTION_LAYERS
+from .experts import OwnExperts
 
 
-def apply(module: nn.Module, mesh: DeviceMesh) -> None:
+def apply(module: nn.Module, mesh: DeviceMesh, expert_mesh: DeviceMesh | None = None) -> None:
     """Shards the parameters of `module`, a decoder or a part of one, over the dimensions dp and shard of `mesh`.
 
-    It happens in place; nothing happens if both have size 1. Gradients become the mean over both dimensions. Tensor
-    parallelism comes before, the optimizer after. Precision is autocast's business.
+    Those of experts that are split already go over expert_dp and expert_shard of `expert_mesh` (`mesh.of_experts`). It
+    happens in place; nothing happens where both dimensions have size 1. Gradients become the mean over both dimensions.
+    Expert and tensor parallelism come before, the optimizer after. Precision is autocast's business.
     """
-    if mesh["dp", "shard"].size() == 1:
+    if (data := _sharing(mesh, "dp", "shard")) is None:
         return
-    data = mesh["dp", "shard"] if mesh["dp"].size() > 1 else mesh["shard"]
     # A pipeline keeps gathered matrices from a step's first micro-batch to its last: gathering them again for each
     # would cost more than it saves, and a backward pass in two parts would lose gradients.
     reshard = mesh["pp"].size() == 1
@@ -30,9 +31,20 @@ def apply(module: nn.Module, mesh: DeviceMesh) -> None:
     matrices = {parameter for layer in layers for parameter in layer.parameters()} - _norms(layers)
     # from the top down: the root would pass over norms inside of layers that are sharded already
     fully_shard(module, mesh=data, ignored_params=matrices)
-    norms = _norms(layers)  # they are other tensors now
+    experts = [part for layer in layers for part in layer.modules() if isinstance(part, OwnExperts)]
+    if expert_mesh is not None and (copies := _sharing(expert_mesh, "expert_dp", "expert_shard")) is not None:
+        for part in experts:
+            fully_shard(part, mesh=copies, reshard_after_forward=reshard)
+    grouped = _norms(layers) | {parameter for part in experts for parameter in part.parameters()}  # other tensors now
     for block in transformer_blocks(layers):
-        fully_shard(block, mesh=data, ignored_params=norms, reshard_after_forward=reshard)
+        fully_shard(block, mesh=data, ignored_params=grouped, reshard_after_forward=reshard)
+
+
+def _sharing(mesh: DeviceMesh, replicate: str, shard: str) -> DeviceMesh | None:
+    """The part of `mesh` that FSDP takes for these dimensions; None for a single process."""
+    if mesh[replicate, shard].size() == 1:
+        return None
+    return mesh[replicate, shard] if mesh[replicate].size() > 1 else mesh[shard]
 
 
 def reshard(module: nn.Module) -> None:

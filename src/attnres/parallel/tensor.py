@@ -141,7 +141,7 @@ def _run_on_own_share(layer: nn.Module, mesh: DeviceMesh) -> None:
     own = dict(layer.named_parameters())
     split = []
     for path, dim in OWN_SHARE[type(layer)].items():
-        if path in own:  # there may be no shared experts
+        if path in own and not isinstance(own[path], DTensor):  # no shared experts, or experts that are split already
             owner, _, name = path.rpartition(".")
             module = layer.get_submodule(owner)
             part = distribute_tensor(own[path], mesh, [Shard(dim)], src_data_rank=None)
@@ -151,7 +151,7 @@ def _run_on_own_share(layer: nn.Module, mesh: DeviceMesh) -> None:
 
     def forward(x: Tensor, context: Context) -> Tensor:
         gathered = DTensor.from_local(x, mesh, [TOKENS]).redistribute(placements=[Replicate()])
-        with _own_parts(split):
+        with own_parts(split):
             share = whole(gathered.to_local(grad_placements=[Partial()]), context)
         return DTensor.from_local(share, mesh, [Partial()]).redistribute(placements=[TOKENS]).to_local()
 
@@ -159,7 +159,7 @@ def _run_on_own_share(layer: nn.Module, mesh: DeviceMesh) -> None:
 
 
 @contextmanager
-def _own_parts(split: list[tuple[nn.Module, str]]) -> Iterator[None]:
+def own_parts(split: list[tuple[nn.Module, str]]) -> Iterator[None]:
     """The local parts in place of split parameters, which are the same tensors to autograd."""
     held = [module._parameters[name] for module, name in split]
     try:

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 
 from ..errors import Failure, UsageError
-from ..parallel import gradients, mesh, shard, tensor
+from ..parallel import experts, gradients, mesh, shard, tensor
 from ..parallel.build import build_parts
 from ..parallel.pipeline import Layout, Pipeline
 from . import checkpoint, hardware, run_folder, sharded
@@ -86,8 +86,16 @@ class ParallelTrainer(Trainer):
         self.rows = config.batch_size // self.replicas
         stream = (self.rows // parallel.microbatch_count, config.context // parallel.tp, config.model.hidden_size)
         layout = Layout(config.model, parallel, stream, self.precision)
+        self.expert_mesh = mesh.of_experts(parallel, processes)
         self.parts = build_parts(
-            config.model, layout, processes, device, config.context, config.seed, config.checkpointing
+            config.model,
+            layout,
+            processes,
+            device,
+            config.context,
+            config.seed,
+            config.checkpointing,
+            expert_mesh=self.expert_mesh,
         )
         for part in self.parts:
             part.precision = self.precision
@@ -124,6 +132,8 @@ class ParallelTrainer(Trainer):
         parallel = self.config.parallel
         sizes = {"dp": parallel.dp, "shard": parallel.shard, "tp": parallel.tp, "pp": parallel.pp}
         split = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+        if parallel.ep > 1:
+            split += f", experts over {parallel.ep}"
         journal.say(f"{self._label}: {parallel.world_size} processes, {split}")
         return flops, peak * parallel.world_size
 
@@ -165,6 +175,8 @@ class ParallelTrainer(Trainer):
         for i in range(accumulate):
             inputs, targets = (part.to(self.device, non_blocking=True) for part in next(batches))
             total += self._backward(inputs, targets, i == accumulate - 1)
+        for part in self.parts:
+            experts.average_gradients(part, self.config.parallel.ep)
         if self.config.parallel.tp > 1:
             for part in self.parts:
                 tensor.reduce_replicated_gradients(part, self.mesh["tp"])
@@ -176,7 +188,7 @@ class ParallelTrainer(Trainer):
         loss = _over_all(total, self.device) / (self.replicas * self.config.parallel.tp)
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         copies = [] if self.pipeline is None else self.pipeline.copies
-        norm = gradients.clip(parameters, self.config.optim.clip, self.mesh, copies).item()
+        norm = gradients.clip(parameters, self.config.optim.clip, self.mesh, copies, self.expert_mesh).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = "the gradient norm" if math.isfinite(loss) else "the loss"
             where = "train in one process to see where it begins"
