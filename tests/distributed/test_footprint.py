@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from attnres import ops
 from attnres.model import DecoderConfig
+from attnres.parallel import experts as expert_parallel
 from attnres.parallel import mesh as meshes
 from attnres.parallel import pipeline
 from attnres.parallel import tensor as tensor_parallel
@@ -74,6 +75,41 @@ def test_activations_are_what_the_kernels_keep(kernels, residual, options, preci
     config, cuts = shape(residual, layers=8, residual_options=options), [0, 3, 6, 8]
     measured = [bytes_kept(config, cuts, index, precision) for index in range(3)]
     assert [size.kept for size in footprints(config, cuts, (2, 8, 16), precision)] == measured
+
+
+MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "first_k_dense_replace": 1}
+
+
+@pytest.mark.parametrize("precision", [FP32, BF16], ids=str)
+def test_experts_keep_their_rows_and_autocast_copies_of_all_of_them(kernels, precision):
+    config, cuts = shape("prenorm", layers=8, **MIXTURE), [0, 3, 6, 8]
+    offsets = 4 * 4 * (precision == BF16)  # of the grouped product in bfloat16
+    for index, size in enumerate(footprints(config, cuts, (2, 8, 16), precision)):
+        mixtures = [0, 2, 1][index]
+        assert bytes_kept(config, cuts, index, precision) == size.kept + mixtures * offsets
+
+
+def kept_under_ep(config: DecoderConfig) -> int:
+    """What this process keeps of the second of three chunks, whose experts two processes share."""
+    cpu, parallel = torch.device("cpu"), ParallelConfig(shard=2, ep=2)
+    layout = Layout(config, ParallelConfig(pp=3), (2, 8, 16), FP32, [0, 3, 6, 8])
+    (part,) = pipeline.chunks(config, layout, 1, 8)
+    mesh = meshes.of_experts(parallel, meshes.build(parallel, cpu))
+    assert mesh is not None
+    expert_parallel.apply(part, mesh)
+    ops.set_backend("triton")
+    torch.manual_seed(0)  # the same tokens and routing in both
+    try:
+        return saved_by(part.to_empty(device="cpu"), FP32, 8)
+    finally:
+        ops.set_backend("auto")
+
+
+def test_processes_that_share_experts_keep_the_rows_that_come(kernels, world):
+    config = shape("prenorm", layers=8, **MIXTURE)
+    _, size, _ = footprints(config, [0, 3, 6, 8], (2, 8, 16), FP32, ep=2)
+    one, other = world(2).run(kept_under_ep, config)
+    assert one + other == 2 * size.kept and one != other  # all tokens of both are routed, to either
 
 
 def kept_under_tp(config: DecoderConfig, index: int) -> int:

@@ -82,23 +82,56 @@ def test_parameters_are_those_of_the_chunks(split, residual, tied):
     assert found.model_parameters == config.parameter_counts()["total"]
 
 
-def held(case: dict[str, int]) -> int:
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "first_k_dense_replace": 1}
+
+
+def held(case: dict[str, int], model: dict[str, int]) -> int:
     """Elements of parameters that this process holds."""
-    parallel = ParallelConfig(**case)
-    mesh = meshes.build(parallel, torch.device("cpu"))
-    layout = Layout(shape(), parallel, (1, 4 // parallel.tp, 16), FP32)
-    parts = build_parts(shape(), layout, mesh, torch.device("cpu"), 4, seed=0)
+    parallel, config, cpu = ParallelConfig(**case), shape(**model), torch.device("cpu")
+    mesh = meshes.build(parallel, cpu)
+    layout = Layout(config, parallel, (1, 4 // parallel.tp, 16), FP32)
+    parts = build_parts(config, layout, mesh, cpu, 4, seed=0, expert_mesh=meshes.of_experts(parallel, mesh))
     local = [p.to_local() if isinstance(p, DTensor) else p for part in parts for p in part.parameters()]
     return sum(p.numel() for p in local)
 
 
-@pytest.mark.parametrize("case", [{"tp": 2, "shard": 2}, {"pp": 2, "tp": 2}, {"pp": 2, "shard": 2}, {"dp": 2, "tp": 2}])
-def test_a_process_holds_its_share(world, case):
+@pytest.mark.parametrize(
+    ("case", "model"),
+    [
+        ({"tp": 2, "shard": 2}, {}),
+        ({"pp": 2, "tp": 2}, {}),
+        ({"pp": 2, "shard": 2}, {}),
+        ({"dp": 2, "tp": 2}, {}),
+        ({"shard": 4}, EXPERTS),
+        ({"shard": 4, "ep": 2}, EXPERTS),  # 3 experts of 6, and 2 or 1 of those in a process
+        ({"dp": 4, "ep": 2}, EXPERTS),
+        ({"pp": 2, "shard": 2, "ep": 2}, EXPERTS),
+        ({"tp": 2, "shard": 2, "ep": 2}, EXPERTS),
+    ],
+)
+def test_a_process_holds_its_share(world, case, model):
     parallel = ParallelConfig(**case)
-    found = plan(shape(), parallel, 4 * parallel.shard * parallel.dp, 4)
-    counts = world(4).run(held, case)
+    found = plan(shape(**model), parallel, 4 * parallel.shard * parallel.dp, 4)
+    counts = world(4).run(held, case, model)
     size = 4 // parallel.pp
     assert [rank.parameters for rank in found.ranks] == [max(counts[i : i + size]) for i in range(0, 4, size)]
+
+
+def test_experts_of_one_process_each_are_not_gathered():
+    config = shape(**{**EXPERTS, "first_k_dense_replace": 0})
+    size = 3 * 6 * 16 * 8  # of the experts of a layer, of which there are six
+
+    def ranks(**sizes: int) -> list[RankPlan]:
+        return plan(config, ParallelConfig(**sizes), batch_size=6 * 4, context=4).ranks
+
+    (whole,), (split,), (alone,) = ranks(shard=6), ranks(shard=6, ep=2), ranks(shard=6, ep=6)
+    assert whole.gathered_bytes - split.gathered_bytes == 4 * 3 * size // 2
+    assert split.gathered_bytes - alone.gathered_bytes == 4 * 3 * size // 2
+    assert alone.parameters == whole.parameters == split.parameters
+    first, second = ranks(pp=2, shard=2, ep=2, microbatches=2), ranks(pp=2, shard=2, microbatches=2)
+    for one, other in zip(first, second, strict=True):
+        assert other.gradient_bytes - one.gradient_bytes == 4 * 3 * size // 2
+        assert other.gathered_bytes - one.gathered_bytes == 4 * 3 * size
 
 
 def test_what_is_in_flight_follows_the_schedule():
@@ -215,6 +248,8 @@ def test_the_command_prints_the_plan(server):
             "26 pieces, and",
         ),
         ("--parallel.tp 3", "must be a multiple of parallel.tp: "),
+        ("--parallel.shard 4 --parallel.ep 3 --preset kimi-linear-tiny", "4 processes in groups of 3 leave 1 over"),
+        ("--parallel.shard 2 --parallel.ep 2", "parallel.ep 2 is for a mixture of experts, and the model has none"),
         ("--mfu 0", "mfu must be positive; it is 0.0"),
         ("--reserve-gb 80", "reserve_gb must be from 0 to below memory_gb, 80.0; it is 80.0"),
     ],

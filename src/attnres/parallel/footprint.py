@@ -21,6 +21,7 @@ from ..model.moe import Experts, MixtureOfExperts
 from ..ops.dispatch import shapes_only
 from ..residual import State
 from .chunk import Chunk
+from .experts import EXPERTS
 
 
 class Footprint(NamedTuple):
@@ -43,6 +44,7 @@ def footprints(
     precision: torch.dtype,
     tp: int = 1,
     checkpointing: bool = False,
+    ep: int = 1,
 ) -> list[Footprint]:
     """The footprint of every chunk.
 
@@ -52,13 +54,14 @@ def footprints(
         precision: bfloat16 for autocast to it, else the dtype of everything.
         tp: processes that split a layer's matrices.
         checkpointing: keep each Transformer block's input state, and compute the rest again.
+        ep: processes that share the experts; as many rows come to each as it sends.
 
     Counted is what the fused kernels keep (`ops.shapes`) with a lean state. The eager backend keeps more, and so do
     parts of a mechanism that torch fuses on GPUs only. Gradients of activations and temporaries are not counted.
     """
     rows, tokens, _ = shape
     with FakeTensorMode(), shapes_only():
-        model = _model(config, tokens * tp, tp, precision)
+        model = _model(config, tokens * tp, tp, ep, precision)
         state: State = torch.zeros(rows, tokens, dtype=torch.int64)
         found = []
         for first, last in itertools.pairwise(cuts):
@@ -77,6 +80,15 @@ def share(config: DecoderConfig, tp: int) -> DecoderConfig:
     if "gqa" not in config.attention_kinds:
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]
     return dataclasses.replace(config, vocab_size=-(-config.vocab_size // tp), **sizes)
+
+
+def keep_experts(model: nn.Module, ep: int) -> None:
+    """Leaves every mixture of experts the share of one of ep processes, the first, in place."""
+    for layer in model.modules():
+        if isinstance(layer, MixtureOfExperts):
+            for name in EXPERTS:
+                share = getattr(layer, name).detach()[: layer.num_experts // ep]
+                layer.register_parameter(name, nn.Parameter(share))
 
 
 def _run(
@@ -152,25 +164,33 @@ def _autocast(precision: torch.dtype) -> torch.autocast:
 
 
 def _copies(model: Chunk, first: int, last: int, precision: torch.dtype) -> int:
-    """Bytes of autocast's copies of the matrices of the layers first .. last - 1."""
-    matrices = [w for layer in model.layers[first:last] for w in layer.parameters() if w.dim() > 1]
+    """Bytes of autocast's copies of the matrices of the layers first .. last - 1; it makes none of experts."""
+    matrices = [w for layer in model.layers[first:last] for w in layer.parameters() if w.dim() == 2]
     return sum(w.numel() * precision.itemsize for w in matrices if w.dtype != precision)
 
 
-def _first_expert(layer: MixtureOfExperts, _: object) -> Experts:
+def _first_expert(layer: MixtureOfExperts, is_split: bool, _: object) -> Experts:
     """All rows to one expert, since there is no routing without data: what is kept is the same for any routing."""
 
     def run(x_RD: Tensor, count_E: Tensor) -> Tensor:
-        gate_RI, up_RI = F.linear(x_RD, layer.gate_proj[0]), F.linear(x_RD, layer.up_proj[0])
-        return F.linear(F.silu(gate_RI) * up_RI, layer.down_proj[0])
+        weights: list[Tensor] = [layer.gate_proj, layer.up_proj, layer.down_proj]
+        if torch.is_autocast_enabled("cpu"):
+            weights = [weight.to(torch.get_autocast_dtype("cpu")) for weight in weights]
+        gate_ID, up_ID, down_DI = (weight[0] for weight in weights)
+        order_R = torch.zeros(len(x_RD), dtype=torch.int64)
+        x_RD = x_RD.index_select(0, order_R) if is_split else x_RD
+        y_RD = F.linear(F.silu(F.linear(x_RD, gate_ID)) * F.linear(x_RD, up_ID), down_DI)
+        return y_RD.index_select(0, order_R.argsort()) if is_split else y_RD
 
     return run
 
 
-def _model(config: DecoderConfig, context: int, tp: int, precision: torch.dtype) -> Chunk:
-    """The whole model as one of tp processes has it, with fake parameters; its layers take and return T / tp tokens."""
+def _model(config: DecoderConfig, context: int, tp: int, ep: int, precision: torch.dtype) -> Chunk:
+    """The whole model as one of tp and ep processes has it, with fake parameters; its layers take and return T / tp
+    tokens."""
     with torch.device("meta"):
         model = Chunk(share(config, tp), 0, config.num_layers, context)
+        keep_experts(model, ep)
     dtype = torch.promote_types(precision, torch.float32)
     for module in model.modules():  # Module.to would not do for tensors without data
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -178,7 +198,7 @@ def _model(config: DecoderConfig, context: int, tp: int, precision: torch.dtype)
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
         if isinstance(module, MixtureOfExperts):
-            module.exchange = partial(_first_expert, module)
+            module.exchange = partial(_first_expert, module, ep > 1)
     model.residual.lean = True
     if tp > 1:
         for module in (*model.layers, model.lm_head):

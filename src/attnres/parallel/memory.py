@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model import DecoderConfig
+from ..model.moe import MixtureOfExperts
 from .chunk import Chunk
 from .config import ParallelConfig
 from .footprint import Footprint
@@ -120,19 +121,27 @@ def plan_rank(
 ) -> RankPlan:
     """The memory of a rank: its parameters under AdamW and, along the passes `order`, its activations.
 
-    model: one tp process's share of the whole; sizes: of all chunks.
+    model: one tp and ep process's share of the whole; sizes: of all chunks.
     """
     own = layout.on_rank(rank)
     ranges = [(layout.cuts[c], layout.cuts[c + 1]) for c in own]
     parts = [_chunk_parameters(config, model, first, last) for first, last in ranges]
     full = sum(p.numel() for part in parts for p in part)
-    held = sum(_rows(p, parallel.shard) for part in parts for p in part)
+    experts = {p for layer in model.modules() if isinstance(layer, MixtureOfExperts) for p in layer.parameters(False)}
+    copies, sharers = parallel.expert_replicas
+    held = sum(_rows(p, sharers if p in experts else parallel.shard) for part in parts for p in part)
+    alone = experts if parallel.ep > 1 and copies * sharers == 1 else set()  # which FSDP has nothing to do with
     gathered, gradients = 0, held
     if parallel.dp * parallel.shard > 1 and parallel.pp > 1:
-        gathered = gradients = full  # gathered once a step, and reduced at its end
+        gradients = full  # gathered once a step, and reduced at its end
+        gathered = full - sum(p.numel() for part in parts for p in part if p in alone)
     elif parallel.dp * parallel.shard > 1:
-        blocks = [sum(p.numel() for b in block for p in _matrices(b)) for block in transformer_blocks([*model.layers])]
-        gathered = full - sum(blocks) + 3 * max(blocks)  # this block, the next one, and this one's gradients
+        blocks = [
+            sum(p.numel() for b in block for p in _matrices(b) if p not in alone)
+            for block in transformer_blocks([*model.layers])
+        ]
+        rest = full - sum(p.numel() for p in alone) - sum(blocks)
+        gathered = rest + 3 * max(blocks)  # this block, the next one, and this one's gradients
     peak = Peak(layout, sizes)
     for done in order:
         peak.follow(done)

@@ -3,7 +3,7 @@
 Parameters and bytes on the wire are exact. What is kept for the backward pass is found by running the model on tensors
 without data (`footprint`), and how many micro-batches keep it at once by walking the schedule (`timeline`). Times are
 operations over an assumed rate and bytes over an assumed bandwidth: a floor, not a measurement. Left out of them are
-the collectives of tensor parallelism and of sharding, latencies, the optimizer, and the loading of data.
+the collectives of tensor and expert parallelism and of sharding, latencies, the optimizer, and the loading of data.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..model.accounting import layer_flops
 from . import timeline
 from .chunk import Chunk
 from .config import V_SHAPED, ParallelConfig
-from .footprint import footprints, share
+from .footprint import footprints, keep_experts, share
 from .memory import RankPlan, plan_rank
 from .pipeline import Layout
 
@@ -131,8 +131,9 @@ def plan(
     orders = timeline.orders(parallel)
     with torch.device("meta"):
         model = Chunk(share(config, parallel.tp), 0, config.num_layers, context)
+        keep_experts(model, parallel.ep)
         whole = Chunk(config, 0, config.num_layers, context)
-    sizes = footprints(config, layout.cuts, shape, precision, parallel.tp, checkpointing)
+    sizes = footprints(config, layout.cuts, shape, precision, parallel.tp, checkpointing, parallel.ep)
     seconds = [
         cluster.compute_seconds(operations * rows * context / parallel.tp)
         for operations in chunk_flops(config, whole, layout.cuts, context)
