@@ -42,6 +42,6 @@ def block_size_figure(results: dict[str, Any]) -> Figure:
         axes.set_xticks(x, ["1\n(Full)", *map(str, x[1:])])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("Block size S (layers)")
-        axes.set_ylabel("Validation loss (nats per token)")
+        axes.set_ylabel("Validation loss\n(nats per token)")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=2)
     return figure

@@ -31,6 +31,12 @@ def dynamics_figure(results: dict[str, Any], profile: str) -> Figure:
         from matplotlib.figure import Figure
         from matplotlib.ticker import LogFormatter, MaxNLocator
 
+        class Plain(LogFormatter):
+            """0.4 where LogFormatter has 4e-01."""
+
+            def __call__(self, x: float, pos: int | None = None) -> str:
+                return f"{x:g}" if super().__call__(x, pos) else ""
+
         tables = {name: profiles(results, name, profile) for name in named}
         positive = np.concatenate([values[values > 0] for _, values in tables.values()])
         norm = LogNorm(positive.min(), max(positive.max(), positive.min() * 1.01))
@@ -49,8 +55,8 @@ def dynamics_figure(results: dict[str, Any], profile: str) -> Figure:
         figure.supxlabel("Step", fontsize=8)
         figure.supylabel("Transformer block", fontsize=8)
         bar = figure.colorbar(mesh, ax=panels, aspect=24, pad=0.02)
-        bar.ax.yaxis.set_major_formatter(LogFormatter())
-        bar.ax.yaxis.set_minor_formatter(LogFormatter())
+        bar.ax.yaxis.set_major_formatter(Plain())
+        bar.ax.yaxis.set_minor_formatter(Plain())
         bar.set_label(LABELS[profile])
         bar.outline.set_visible(False)
     return figure

@@ -36,7 +36,8 @@ svg { width: 100%; height: auto; display: block; } text { fill: var(--soft); fon
 <script>
 const data = __DATA__;
 const dark = matchMedia("(prefers-color-scheme: dark)"), at = document.getElementById("at");
-const W = 720, H = 240, L = 64, B = 40, T = 10, R = 12, NS = "http://www.w3.org/2000/svg";
+const W = Math.min(720, document.getElementById("charts").clientWidth);   // text keeps its size on a phone
+const H = 240, L = 64, B = 40, T = 10, R = 12, NS = "http://www.w3.org/2000/svg";
 const colour = r => dark.matches ? r.dark : r.colour;
 const make = (name, attributes, text) => {
   const element = document.createElementNS(NS, name);
@@ -50,19 +51,24 @@ function range(values, log) {
   if (log) return [Math.log10(low) - 0.02, Math.log10(high) + 0.02];
   return [low - (high - low) * 0.05, high + (high - low) * 0.05];
 }
+function ticks(low, high, whole) {
+  const rough = (high - low) / 5, power = 10 ** Math.floor(Math.log10(rough));
+  const step = Math.max(whole ? 1 : 0, power * [1, 2, 5, 10].find(n => n * power >= rough));
+  const first = Math.ceil(low / step - 1e-9), last = Math.floor(high / step + 1e-9);
+  return Array.from({length: last - first + 1}, (_, i) => step * (first + i));
+}
+const shown = v => v !== 0 && Math.abs(v) < 1e-3 ? v.toExponential(1) : String(+v.toPrecision(3));
 function chart(id, title, xs, ys, log, xlabel, ylabel) {
-  const [x0, x1] = range(xs, false), [y0, y1] = range(ys, log);
+  const [x0, x1] = [Math.min(...xs), Math.max(...xs, xs[0] + 1)], [y0, y1] = range(ys, log);
   const x = v => L + (v - x0) / (x1 - x0) * (W - L - R);
   const y = v => H - B - ((log ? Math.log10(v) : v) - y0) / (y1 - y0) * (H - B - T);
   const svg = make("svg", {viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": title});
-  for (let i = 0; i <= 4; i++) {
-    const value = y0 + (y1 - y0) * i / 4, shown = log ? 10 ** value : value, place = H - B - (H - B - T) * i / 4;
-    svg.append(make("line", {class: "axis", x1: L, x2: W - R, y1: place, y2: place}));
-    svg.append(make("text", {x: L - 6, y: place + 4, "text-anchor": "end"}, shown.toPrecision(3)));
-    const across = x0 + (x1 - x0) * i / 4;
-    if (Number.isInteger(xs[0]))
-      svg.append(make("text", {x: x(across), y: H - B + 18, "text-anchor": "middle"}, Math.round(across)));
+  for (const value of log ? ticks(y0, y1).map(v => 10 ** v) : ticks(y0, y1)) {
+    svg.append(make("line", {class: "axis", x1: L, x2: W - R, y1: y(value), y2: y(value)}));
+    svg.append(make("text", {x: L - 6, y: y(value) + 4, "text-anchor": "end"}, shown(value)));
   }
+  for (const value of ticks(x0, x1, true))
+    svg.append(make("text", {x: x(value), y: H - B + 18, "text-anchor": "middle"}, value));
   svg.append(make("text", {x: (L + W) / 2, y: H - 4, "text-anchor": "middle"}, xlabel));
   const heading = document.createElement("h2");
   heading.textContent = `${title}, ${ylabel}`;
@@ -73,9 +79,8 @@ function chart(id, title, xs, ys, log, xlabel, ylabel) {
 }
 const line = (to, points, r, faint) => to.append(make("polyline", {fill: "none", stroke: colour(r),
   "stroke-width": faint ? 1 : 2, opacity: faint ? 0.35 : 1, points: points.map(p => p.join(",")).join(" ")}));
-const losses = data.residuals.flatMap(r => r.loss);
-const late = losses.slice().sort((a, b) => a - b);
-const loss = chart("loss", "Validation loss", data.steps, late, false, "Step", "nats per token");
+const losses = data.residuals.flatMap(r => [...r.lowest, ...r.highest]);
+const loss = chart("loss", "Validation loss", data.steps, losses, false, "Step", "nats per token");
 const panels = Object.entries(data.labels).map(([key, label]) => {
   const values = data.residuals.flatMap(r => r[key].flat()).filter(v => v > 0);
   const log = Math.max(...values) > 10 * Math.min(...values);
@@ -87,6 +92,9 @@ function draw() {
   loss.layer.replaceChildren();
   for (const r of data.residuals) {
     const points = data.steps.map((s, i) => [loss.x(s), loss.y(r.loss[i])]);
+    const edge = (values, i) => [loss.x(data.steps[i]), loss.y(values[i])].join(","), all = [...data.steps.keys()];
+    loss.layer.append(make("polygon", {fill: colour(r), opacity: 0.18,
+      points: [...all.map(i => edge(r.lowest, i)), ...all.reverse().map(i => edge(r.highest, i))].join(" ")}));
     line(loss.layer, points, r, true);
     line(loss.layer, points.slice(0, now + 1), r);
     loss.layer.append(make("circle", {cx: points[now][0], cy: points[now][1], r: 4, fill: colour(r)}));
@@ -125,7 +133,7 @@ draw();
 
 
 def write_page(results: dict[str, Any], path: Path) -> None:
-    """Writes the page, means over seeds, to `path`. Raises Failure if it cannot be written."""
+    """Writes the page, means over seeds and their range in loss, to `path`. Raises Failure if it cannot be written."""
     page = PAGE.replace("__DATA__", json.dumps(page_data(results)).replace("<", "\\u003c"))
     try:
         path.write_text(page, encoding="utf-8")
@@ -134,7 +142,8 @@ def write_page(results: dict[str, Any], path: Path) -> None:
 
 
 def page_data(results: dict[str, Any]) -> dict[str, Any]:
-    """What the page shows: steps, blocks, and per residual connection its look, loss [P] and magnitudes [P, blocks]."""
+    """What the page shows: steps, blocks, and per residual connection its look, loss [P] with its range, and magnitudes
+    [P, blocks]."""
     entries = []
     for name, look in looks(results).items():
         runs = [run for run in results["runs"] if run["residual"] == name]
@@ -146,6 +155,8 @@ def page_data(results: dict[str, Any]) -> dict[str, Any]:
                 "colour": look.colour,
                 "dark": look.dark,
                 "loss": [sum(loss[step] for loss in losses) / len(losses) for step in steps],
+                "lowest": [min(loss[step] for loss in losses) for step in steps],
+                "highest": [max(loss[step] for loss in losses) for step in steps],
                 **{profile: profiles(results, name, profile)[1].tolist() for profile in LABELS},
             }
         )

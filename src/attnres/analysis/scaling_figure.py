@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def scaling_figure(results: dict[str, Any]) -> Figure:
     """Validation loss (nats per token) over training compute (TFLOP), both logarithmic: a mark a run, the fitted power
-    laws with their 95 % bootstrap bands; below, the fits minus the baseline's fit with the runs paired by seed."""
+    laws with their 95 % bootstrap bands; below, the same minus the baseline's fit, and its runs of the same seeds."""
     named, compute = looks(results), results["compute"]
     fits = {fit["residual"]: fit for fit in results["fits"]["power_law"]}
     losses = {(run["size"], run["residual"], run["seed"]): run["val_loss"] for run in results["runs"]}
@@ -36,6 +36,8 @@ def scaling_figure(results: dict[str, Any]) -> Figure:
             top.plot([], [], color=look.colour, marker=look.marker, label=label)
             if name == baseline:
                 continue
+            low, high = np.array(band["difference_interval"]).T
+            bottom.fill_between(band["compute"], low, high, color=look.colour, alpha=0.18, linewidth=0)
             bottom.plot(band["compute"], np.array(band["loss"]) - fits[baseline]["band"]["loss"], color=look.colour)
             for (size, own, seed), loss in losses.items():
                 if own == name:
@@ -48,7 +50,7 @@ def scaling_figure(results: dict[str, Any]) -> Figure:
         top.yaxis.set_major_formatter(ScalarFormatter())
         top.yaxis.set_minor_formatter(NullFormatter())
         top.set_ylabel("Validation loss\n(nats per token)")
-        bottom.set_ylabel(f"Loss minus\n{named[baseline].label}")
+        bottom.set_ylabel(f"Minus {named[baseline].label}\n(nats per token)")
         bottom.set_xlabel("Training compute C (TFLOP)")
         figure.align_ylabels()
         figure.legend(*top.get_legend_handles_labels(), loc="outside upper left", ncols=1)

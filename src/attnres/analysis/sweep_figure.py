@@ -38,7 +38,9 @@ def sweep_figure(results: dict[str, Any]) -> Figure:
             grid = grids[name]
             mesh = axes.pcolormesh(grid, cmap="YlGnBu_r", vmin=low, vmax=high, edgecolors=PAPER, linewidth=0.4)
             y, x = np.unravel_index(np.argmin(grid), grid.shape)
-            axes.plot(home[1] + 0.5, home[0] + 0.5, "o", color=INK, fillstyle="none", markersize=9)
+            for colour, width in ((PAPER, 2.6), (INK, 1.1)):  # seen on light and on dark cells
+                axes.plot(home[1] + 0.5, home[0] + 0.5, "o", color=colour, fillstyle="none", markersize=9,
+                          markeredgewidth=width)  # fmt: skip
             axes.plot(x + 0.5, y + 0.5, "*", color="#d55e00", markeredgecolor=PAPER, markersize=8, markeredgewidth=0.5)
             axes.set_title(look.label)
             axes.grid(False)

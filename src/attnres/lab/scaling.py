@@ -198,6 +198,10 @@ def _fitted(
             "compute": grid,
             "loss": [law.loss(c) for c in grid],
             "interval": [interval([fit.loss(c) for fit in own]) for c in grid],
+            "difference_interval": [
+                interval([fit.loss(c) - base.loss(c) for base, fit in zip(draws[baseline], own, strict=True)])
+                for c in grid
+            ],
         }
     return entry
 
