@@ -83,6 +83,11 @@ def test_advantage_of_a_constructed_gain():
     low, high = rival["advantage_interval"]  # every draw of seeds has a slope of its own
     assert 1.3 < low < 1.5 < high < 1.7
     assert rival["alpha_interval"][0] < 0.1 < rival["alpha_interval"][1]
+    assert np.allclose(base["band"]["difference_interval"], 0)
+    for (low, high), own, of_base in zip(
+        rival["band"]["difference_interval"], rival["band"]["loss"], base["band"]["loss"], strict=True
+    ):
+        assert low < own - of_base < high < 0
 
 
 @pytest.mark.parametrize(
