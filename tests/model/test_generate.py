@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from attnres.errors import UsageError
-from attnres.model import Decoder, DecoderConfig
+from attnres.model import Decoder, DecoderConfig, attention
 from attnres.model.generate import KeyValueCache, generate
 
 VOCABULARY = 23
@@ -51,7 +51,9 @@ def test_a_prompt_read_in_chunks_gives_the_same_tokens(name, chunk):
     assert max(lengths) == min(chunk, 5) and sum(lengths) == 5 + 19
 
 
-def test_logits_do_not_depend_on_the_chunk():
+@pytest.mark.parametrize("elements", [1 << 24, 40, 1])
+def test_logits_do_not_depend_on_the_chunk(elements, monkeypatch):
+    monkeypatch.setattr(attention, "MASK_ELEMENTS", elements)  # chunks over many slices of masks
     model, prompt = decoder(), torch.arange(20) % VOCABULARY
     with torch.no_grad():
         whole = model(prompt[None])
@@ -59,6 +61,12 @@ def test_logits_do_not_depend_on_the_chunk():
             cache = KeyValueCache()
             parts = torch.cat([model(chunk, cache) for chunk in prompt[None].split(size, 1)], 1)
             torch.testing.assert_close(parts, whole, rtol=1e-10, atol=1e-10)
+
+
+@torch.no_grad()
+def test_only_the_last_logits():
+    model = decoder()
+    torch.testing.assert_close(model(PROMPT[None], logits_to_keep=2), model(PROMPT[None])[:, -2:])
 
 
 def test_a_chunk_of_no_tokens_is_refused():
@@ -72,7 +80,7 @@ LOGITS = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(0))
 def draws(count=4000, **options):
     """How often each token is drawn from LOGITS."""
 
-    def model(tokens, cache):
+    def model(tokens, cache, logits_to_keep):
         return LOGITS.expand(1, 1, VOCABULARY)
 
     model.config = SimpleNamespace(max_position_embeddings=count + 1)

@@ -32,14 +32,40 @@ class Cache(Protocol):
         ...
 
 
+MASK_ELEMENTS = 1 << 24
+"""Most elements of a mask over earlier and new tokens that `sdpa` makes at a time."""
+
+
 def sdpa(layer: Any, q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of a layer's finished queries over all keys and values, [B, T, H, E]. layer.head_dim sets the scale."""
+    """Attention of a layer's finished queries over all keys and values, [B, T, H, E]. layer.head_dim sets the scale.
+
+    Without a mask it is causal, the queries being those of the last T tokens.
+    """
+    tokens, earlier = q_BHTE.shape[2], k_BKSE.shape[2] - q_BHTE.shape[2]
+    if mask is None and earlier and tokens > 1:
+        # in slices, since a mask of a long prompt's chunk would be larger than all that depth attention keeps
+        rows = max(1, MASK_ELEMENTS // k_BKSE.shape[2])
+        slices = []
+        for first in range(0, tokens, rows):
+            queries = q_BHTE[:, :, first : first + rows]
+            keys = earlier + first + queries.shape[2]
+            position = torch.arange(keys, device=q_BHTE.device)
+            slices.append(
+                sdpa(
+                    layer,
+                    queries,
+                    k_BKSE[:, :, :keys],
+                    v_BKSE[:, :, :keys],
+                    position <= position[earlier + first :, None],
+                )
+            )
+        return torch.cat(slices, 1)
     o_BHTE = F.scaled_dot_product_attention(
         q_BHTE,
         k_BKSE,
         v_BKSE,
         attn_mask=mask,
-        is_causal=mask is None and q_BHTE.shape[2] > 1,
+        is_causal=mask is None and tokens > 1,
         scale=layer.head_dim**-0.5,
         enable_gqa=q_BHTE.shape[1] != k_BKSE.shape[1],
     )
@@ -50,7 +76,7 @@ class Context(NamedTuple):
     """What attention layers need to know beside their input.
 
     cos, sin: [B or 1, T, E] rotary factors; mask: boolean [T, S], True where a query may look, or None for plain causal
-    attention over the T tokens themselves; cache: keys and values of earlier tokens, or None; attend: what computes
+    attention; cache: keys and values of earlier tokens, or None; attend: what computes
     attention, with the signature of `sdpa` (another one may want masks of another kind); absorb: whether `attend` takes
     the wide heads of latent attention's absorbed form; present: [B, T, 1], 0 at padding and else 1, for layers without
     masks, or None for no padding; cu_seqlens: int [N + 1], where the N sequences of a single row begin and end,

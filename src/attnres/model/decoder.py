@@ -78,7 +78,7 @@ class Backbone(nn.Module):
         return state
 
     def context(self, tokens: int, device: torch.device, cache: Cache | None = None) -> Context:
-        """Positions and mask for `tokens` new tokens after those in the cache.
+        """Positions for `tokens` new tokens after those in the cache.
 
         Raises UsageError for a cache of another architecture.
         """
@@ -88,10 +88,7 @@ class Backbone(nn.Module):
         positions = torch.arange(past, past + tokens, device=device)
         assert self.config.head_dim is not None
         cos, sin = rotary_factors(positions[None], self.config.head_dim, self.config.rope_theta)
-        mask = None
-        if past and tokens > 1:
-            mask = torch.arange(past + tokens, device=device) <= positions[:, None]
-        return Context(cos, sin, mask, cache)
+        return Context(cos, sin, cache=cache)
 
     def enable_checkpointing(self, enabled: bool = True) -> None:
         """Recompute each Transformer block in the backward pass instead of keeping its activations."""
@@ -115,12 +112,15 @@ class Decoder(Backbone):
             self.lm_head.weight = self.embed_tokens.weight
         init_weights(self, seed)
 
-    def forward(self, input_ids: Tensor, cache: Cache | None = None) -> Tensor:
-        """Logits [B, T, vocab_size] for token ids [B, T]; with a cache the tokens follow those that it holds."""
+    def forward(self, input_ids: Tensor, cache: Cache | None = None, logits_to_keep: int = 0) -> Tensor:
+        """Logits [B, T, vocab_size] for token ids [B, T]; with a cache the tokens follow those that it holds.
+
+        logits_to_keep: compute them for the last so many tokens only (0: all).
+        """
         if input_ids.dim() != 2 or input_ids.shape[1] == 0:
             raise UsageError(f"input_ids must be token ids of shape [batch, tokens]; it is {list(input_ids.shape)}")
         context = self.context(input_ids.shape[1], input_ids.device, cache)
-        return self.lm_head(self.hidden(self.embed_tokens(input_ids), context))
+        return self.lm_head(self.hidden(self.embed_tokens(input_ids), context)[:, -logits_to_keep:])
 
 
 def stream_dtype(embedding: Tensor) -> Tensor:

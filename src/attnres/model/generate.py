@@ -54,9 +54,9 @@ def generate(
     cache = KeyValueCache()
     *earlier, tokens = prompt[None].split(prefill_chunk or len(prompt), 1)
     for chunk in earlier:
-        model(chunk, cache)
+        model(chunk, cache, logits_to_keep=1)
     for _ in range(max_new_tokens):
-        logits = model(tokens, cache)[0, -1].float()
+        logits = model(tokens, cache, logits_to_keep=1)[0, -1].float()
         if temperature < torch.finfo(logits.dtype).tiny:
             token = int(logits.argmax())
         else:
