@@ -22,7 +22,14 @@ if ROOT not in sys.path:  # the processes import the functions that they run by 
 # forked from one process that has imported all of it, they start in a fraction of the time
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["pytest", "torch", "torch.distributed.fsdp", "attnres.train.parallel_trainer", "attnres.commands.train"]
+    [
+        "pytest",
+        "torch",
+        "torch.distributed.fsdp",
+        "attnres.train.parallel_trainer",
+        "attnres.commands.train",
+        "attnres.hf",
+    ]
 )
 
 

@@ -1,0 +1,96 @@
+"""A decoder without gradients over the processes of tensor parallelism: each has its share of every matrix, and keeps
+the residual stream and all that depth attention reads for its own tokens only (paper section 4, long prompts).
+
+    layer input   [B, T / P, D] -> all-gather -> [B, T, D] on every process
+    layer output  partial sums [B, T, D] -> reduce-scatter -> [B, T / P, D]
+    read over depth, and the norm after it: in between, on a process's own tokens, without a word to the others
+
+T need not divide by P: every process holds ceil(T / P) tokens, the last ones of zeros. Fewer tokens than processes, as
+in decoding, lie whole on all of them, and the sums are all-reduced: padding them would move more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed import ProcessGroup
+from torch.nn import functional as F
+
+from ..residual import State
+from .attention import Context
+from .decoder import Backbone, stream_dtype
+
+
+class TokenShards:
+    """Where T tokens lie on the P processes of a group. Its collectives have no gradient.
+
+    `count` is the number that a process holds, padding included.
+    """
+
+    def __init__(self, group: ProcessGroup, tokens: int) -> None:
+        self.group, self.tokens, self.processes = group, tokens, group.size()
+        self.whole = tokens < self.processes
+        self.count = tokens if self.whole else -(-tokens // self.processes)
+
+    def own(self, x_BTD: Tensor) -> Tensor:
+        """This process's tokens [B, count, D] of what all processes have whole."""
+        if self.whole:
+            return x_BTD
+        return self._parts(x_BTD)[self.group.rank()].clone()  # a view would keep the whole
+
+    def gather(self, own_BtD: Tensor) -> Tensor:
+        """All tokens [B, T, D] from each process's own."""
+        if self.whole:
+            return own_BtD
+        parts_PBtD = own_BtD.new_empty(self.processes, *own_BtD.shape)
+        distributed.all_gather_into_tensor(parts_PBtD.flatten(0, 1), own_BtD.contiguous(), self.group)
+        return parts_PBtD.transpose(0, 1).flatten(1, 2)[:, : self.tokens].contiguous()
+
+    def scatter(self, partial_BTD: Tensor) -> Tensor:
+        """This process's tokens [B, count, D] of the sum over the processes."""
+        if self.whole:
+            total_BTD = partial_BTD.contiguous()
+            distributed.all_reduce(total_BTD, group=self.group)
+            return total_BTD
+        parts_PBtD = self._parts(partial_BTD).contiguous()
+        own_BtD = torch.empty_like(parts_PBtD[0])
+        distributed.reduce_scatter_tensor(own_BtD, parts_PBtD.flatten(0, 1), group=self.group)
+        return own_BtD
+
+    def take(self, sublayer: nn.Module, output_BTD: Tensor) -> Tensor:
+        """This process's tokens [B, count, D] of what a sublayer adds to the stream.
+
+        Its output is a partial sum if it has an attribute `leaves_partial_sums`, else whole on every process.
+        """
+        return self.scatter(output_BTD) if hasattr(sublayer, "leaves_partial_sums") else self.own(output_BTD)
+
+    def _parts(self, x_BTD: Tensor) -> Tensor:
+        """[P, B, count, D], padded with zeros."""
+        missing = self.processes * self.count - self.tokens
+        padded = F.pad(x_BTD, (0, 0, 0, missing)) if missing else x_BTD
+        return padded.unflatten(1, (self.processes, self.count)).transpose(0, 1)
+
+
+def hidden_over_processes(
+    model: Backbone,
+    embedding: Tensor,
+    context: Context,
+    observe: Callable[[State, int], None] | None = None,
+    *,
+    shards: TokenShards,
+) -> Tensor:
+    """`Backbone.hidden` where each process has its share of every layer, without gradients.
+
+    Args:
+        embedding: [B, T, D], whole on every process, as the result is.
+        observe: called as by `Backbone.hidden`, with a state of this process's own tokens.
+    """
+    state = model.residual.start(stream_dtype(shards.own(embedding)))
+    for i, layer in enumerate(model.layers):
+        if observe is not None and i % 2 == 0:
+            observe(state, i)
+        x, state = model.residual.read(state, i, layer.norm)  # type: ignore[arg-type]
+        state = model.residual.write(state, i, shards.take(layer, layer(shards.gather(x), context)))
+    return shards.gather(model.residual.finish(state, model.norm))
