@@ -34,6 +34,7 @@ from ..residual import Residual
 from . import architectures
 from .architectures import TYPE_PREFIX
 from .convert_layer import DepthStream, attach, once_a_class
+from .tensor_parallel import SharesTokens
 
 CLASS_PREFIX = "AttnRes"
 EXACT = ("block_attnres", "full_attnres")
@@ -141,6 +142,11 @@ def converted_model_class(original: Any) -> Any:
             if isinstance(module, Residual):
                 module.lean = enable
 
+    def sublayers(self: Any) -> list[nn.Module]:
+        entry = architectures.ARCHITECTURES[self.config.model_type.removeprefix(TYPE_PREFIX)]
+        layers = getattr(self, entry.layers)
+        return [getattr(layer, name) for layer in layers for name in (entry.attention, entry.mlp)]
+
     body = {
         "__module__": __name__,
         "__doc__": f"A {original.__name__} with Attention Residuals in the place of its residual sums.",
@@ -148,11 +154,12 @@ def converted_model_class(original: Any) -> Any:
         "forward": forward,
         "_init_weights": _init_weights,
         "_set_gradient_checkpointing": _set_gradient_checkpointing,
+        "sublayers": sublayers,
         "config_class": converted_config_class(original.config_class),
         "original": original,
     }
     _share_checkpoint_layout(original.__name__, CLASS_PREFIX + original.__name__)
-    converted = type(CLASS_PREFIX + original.__name__, (original,), body)
+    converted = type(CLASS_PREFIX + original.__name__, (SharesTokens, original), body)
     add_to_transformers(converted)
     # transformers enters a class when it is instantiated; a model converted in place never is
     dict.__setitem__(output_capturing._CAN_RECORD_REGISTRY, str(converted), original._can_record_outputs)

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import UsageError
+from ..model.token_shards import TokenShards
 from ..residual import Residual, State
 from .architectures import Architecture
+from .tensor_parallel import shards_of
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -38,6 +40,8 @@ class DepthStream:
 
     state: State
     layer: int
+    shards: TokenShards | None = None
+    """Where the state's tokens lie under tensor parallelism; None: here."""
 
     @property
     def device(self) -> torch.device:
@@ -45,20 +49,22 @@ class DepthStream:
 
     def to(self, *args: Any, **kwargs: Any) -> "DepthStream":
         """The stream on another device: device maps move a layer's inputs with it."""
-        return DepthStream(pytree.tree_map_only(Tensor, lambda t: t.to(*args, **kwargs), self.state), self.layer)
+        state = pytree.tree_map_only(Tensor, lambda t: t.to(*args, **kwargs), self.state)
+        return DepthStream(state, self.layer, self.shards)
 
     def hidden_states(self, residual: Residual) -> Tensor:
         """What the next layer sees, before its norm, [B, T, D]."""
-        return rows_on(residual, self.device).read(self.state, self.layer)[0]
+        h = rows_on(residual, self.device).read(self.state, self.layer)[0]
+        return h if self.shards is None else self.shards.gather(h)
 
 
 pytree.register_pytree_node(
     DepthStream,
-    lambda stream: ([stream.state], stream.layer),
-    lambda children, layer: DepthStream(next(iter(children)), layer),
+    lambda stream: ([stream.state], (stream.layer, stream.shards)),
+    lambda children, place: DepthStream(next(iter(children)), *place),
     serialized_type_name="attnres.hf.DepthStream",
-    to_dumpable_context=lambda layer: layer,
-    from_dumpable_context=lambda layer: layer,
+    to_dumpable_context=lambda place: place[0],  # no process group can be dumped
+    from_dumpable_context=lambda layer: (layer, None),
 )
 
 
@@ -80,51 +86,67 @@ class ConvertedLayer(nn.Module):
             if kwargs.pop(name, None) is not None:
                 raise UsageError(f"{name} must be None: this {entry.model_type!r} model has no layers that take it")
         residual = rows_on(residual_of(self), hidden_states.device)
-        state = self._state(residual, hidden_states)
+        state, shards = self._state(residual, hidden_states)
         if entry.is_parallel(self):
-            state = self._parallel(residual, state, kwargs)
+            state = self._parallel(residual, state, shards, kwargs)
         else:
             h, state = residual.read(state, attention)
-            state = residual.write(state, attention, self._attend(h, kwargs))
+            state = residual.write(state, attention, self._attend(h, shards, kwargs))
             h, state = residual.read(state, mlp)
-            state = residual.write(state, mlp, self._feed_forward(h))
-        return residual.finish(state) if self.last else DepthStream(state, mlp + 1)
+            state = residual.write(state, mlp, self._feed_forward(h, shards))
+        if not self.last:
+            return DepthStream(state, mlp + 1, shards)
+        h = residual.finish(state)
+        return h if shards is None else shards.gather(h)
 
-    def _parallel(self, residual: Residual, state: State, arguments: dict[str, Any]) -> State:
+    def _parallel(
+        self, residual: Residual, state: State, shards: TokenShards | None, arguments: dict[str, Any]
+    ) -> State:
         """Both sublayers read the state before either has written, each with its own query."""
         attention, mlp = self.first, self.first + 1
         h_mlp = residual.read(state, mlp)[0]
         h, state = residual.read(state, attention)
-        state = residual.write(state, attention, self._attend(h, arguments))
+        state = residual.write(state, attention, self._attend(h, shards, arguments))
         if mlp in getattr(residual, "block_starts", ()):
             state = residual.read(state, mlp)[1]  # for the state alone: a block ends between the two outputs
-        return residual.write(state, mlp, self._feed_forward(h_mlp))
+        return residual.write(state, mlp, self._feed_forward(h_mlp, shards))
 
-    def _state(self, residual: Residual, hidden_states: Any) -> State:
+    def _state(self, residual: Residual, hidden_states: Any) -> tuple[State, TokenShards | None]:
         if isinstance(hidden_states, DepthStream):
-            return hidden_states.state
+            return hidden_states.state, hidden_states.shards
         if self.first:
             raise UsageError(
                 "only the first decoder layer takes hidden states; later ones take the output of the one before, also "
                 "from another stage of a pipeline"
             )
-        return residual.start(hidden_states)
+        shards = shards_of(vars(self)["converted_model"], hidden_states.shape[1])
+        return residual.start(hidden_states if shards is None else shards.own(hidden_states)), shards
 
-    def _attend(self, h: Tensor, arguments: dict[str, Any]) -> Tensor:
+    def _attend(self, h: Tensor, shards: TokenShards | None, arguments: dict[str, Any]) -> Tensor:
         entry = self.architecture
-        return self._sublayer(h, entry.attention_norm, entry.attention, entry.after_attention, arguments)
+        return self._sublayer(h, shards, entry.attention_norm, entry.attention, entry.after_attention, arguments)
 
-    def _feed_forward(self, h: Tensor) -> Tensor:
+    def _feed_forward(self, h: Tensor, shards: TokenShards | None) -> Tensor:
         entry = self.architecture
-        return self._sublayer(h, entry.mlp_norm, entry.mlp, entry.after_mlp, {})
+        return self._sublayer(h, shards, entry.mlp_norm, entry.mlp, entry.after_mlp, {})
 
     def _sublayer(
-        self, h: Tensor, norm: str | None, name: str, after: tuple[str, ...], arguments: dict[str, Any]
+        self,
+        h: Tensor,
+        shards: TokenShards | None,
+        norm: str | None,
+        name: str,
+        after: tuple[str, ...],
+        arguments: dict[str, Any],
     ) -> Tensor:
         """What one sublayer adds to the stream that it reads as `h`."""
-        output = getattr(self, name)(h if norm is None else getattr(self, norm)(h), **arguments)
+        sublayer: nn.Module = getattr(self, name)
+        x = h if norm is None else getattr(self, norm)(h)
+        output = sublayer(x if shards is None else shards.gather(x), **arguments)
         if isinstance(output, tuple):
             output = output[0]
+        if shards is not None:
+            output = shards.take(sublayer, output)
         for module in after:
             output = getattr(self, module)(output)
         if self.architecture.multiplier is not None:

@@ -4,6 +4,7 @@
 `attnres.model.Decoder`, those of the base model behind "model.".
 """
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,17 +24,19 @@ from ..model.attention import Context, rotary_factors
 from ..model.decoder import Backbone, expert_std, initial_std
 from ..model.kda import KimiDeltaAttention
 from ..model.moe import MixtureOfExperts
+from ..model.token_shards import hidden_over_processes
 from ..residual import Residual, State
 from .attention import attend_by_config
 from .cache import LayerCache, check_cache
 from .configuration import AttnResConfig
 from .dispatch import hidden_across_devices, is_dispatched
 from .runs import open_run
+from .tensor_parallel import SharesTokens, shards_of
 
 logger = logging.get_logger(__name__)
 
 
-class AttnResPreTrainedModel(PreTrainedModel):
+class AttnResPreTrainedModel(SharesTokens, PreTrainedModel):
     """What transformers needs to know of both models."""
 
     config: AttnResConfig
@@ -101,6 +104,10 @@ class AttnResModel(AttnResPreTrainedModel, Backbone):
     @gradient_checkpointing.setter
     def gradient_checkpointing(self, enabled: bool) -> None:
         self.enable_checkpointing(enabled)
+
+    def sublayers(self) -> nn.ModuleList:
+        """What adds to the residual stream."""
+        return self.layers
 
     @can_return_tuple
     def forward(
@@ -175,7 +182,10 @@ class AttnResModel(AttnResPreTrainedModel, Backbone):
         )
         assert self.config.head_dim is not None
         cos, sin = rotary_factors(position_ids, self.config.head_dim, self.config.rope_theta)
-        run = hidden_across_devices if is_dispatched(self) else Backbone.hidden
+        run: Callable[..., Tensor] = hidden_across_devices if is_dispatched(self) else Backbone.hidden
+        shards = shards_of(self, inputs_embeds.shape[1])
+        if shards is not None:
+            run = partial(hidden_over_processes, shards=shards)
         context = Context(
             cos,
             sin,
@@ -188,6 +198,8 @@ class AttnResModel(AttnResPreTrainedModel, Backbone):
             present=_present(padding, inputs_embeds),
         )
         hidden = run(self, inputs_embeds, context, observe if output_hidden_states else None)
+        if shards is not None:
+            reads = [shards.gather(read) for read in reads]
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
             past_key_values=past_key_values,
