@@ -1,17 +1,21 @@
 """Prefill and decoding over processes that share the matrices and the tokens of the stream, beside a single one."""
 
+import io
+from contextlib import redirect_stderr, redirect_stdout
 from typing import Any
 
 import pytest
 import torch
 from torch.distributed.tensor.debug import CommDebugMode
 
+from attnres.cli import main
 from attnres.errors import UsageError
 from attnres.model.cache import KeyValueCache
 from attnres.model.generate import generate
 from attnres.parallel import inference, mesh
 from attnres.parallel.config import ParallelConfig
 
+from . import runs
 from .agreement import CPU, SHAPE, decoder
 
 HYBRID = {
@@ -70,6 +74,36 @@ def test_every_process_generates_the_text_of_one(world):
     expected = [list(generate(alone, IDS[0], 6, temperature=t)) for t in (0, 2.0) for _ in range(3)]
     assert len({tuple(text) for text in expected}) == 2
     assert world(2).run(texts, 2) == [expected] * 2
+
+
+def told(arguments: list[str]) -> tuple[int, str, str]:
+    out, errors = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(errors):
+        status = main(arguments)
+    return status, out.getvalue(), errors.getvalue()
+
+
+def test_the_command_line_splits_a_run_over_torchruns_processes(world, corpus_file, tmp_path):
+    runs.run(runs.settings(corpus_file, tmp_path))
+    command = [
+        "generate",
+        str(tmp_path),
+        "--prompt",
+        "the sea",
+        "--tokens",
+        "5",
+        "--temperature",
+        "0",
+        "--device",
+        "cpu",
+    ]
+    alone = told(command)
+    assert alone[0] == 0, alone
+    first, second = world(2).run(told, [*command, "--prefill-chunk", "3"])
+    assert first[:2] == alone[:2] and second[:2] == (0, "")
+    for status, out, errors in world(4).run(told, command):
+        assert (status, out) == (2, "")
+        assert "num_key_value_heads must be a multiple of parallel.tp: 2 over 4 leaves 2 over" in errors
 
 
 def held(residual: str, tokens: int, processes: int) -> dict[str, Any]:

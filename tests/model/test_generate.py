@@ -134,6 +134,7 @@ def test_a_temperature_near_zero_is_greedy(temperature):
         (PROMPT[None], {}, r"prompt must be token ids of shape \[tokens\]"),
         (PROMPT, {"max_new_tokens": 28}, "context of 32 tokens; they are 5 and 28"),
         (PROMPT, {"max_new_tokens": 0}, "number of new tokens positive; they are .* 0"),
+        (PROMPT, {"temperature": 0, "top_k": 5}, "leaves nothing for top_k, which is 5; leave one of them out"),
         (PROMPT, {"top_k": 0}, "top_k .* positive"),
         (PROMPT, {"temperature": -0.1}, "temperature must be zero or more"),
         (PROMPT, {"temperature": float("nan")}, "temperature must be zero or more"),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +12,11 @@ from typing import Annotated
 import torch
 import tyro
 
+from ..model import Decoder
 from ..model.generate import generate
+from ..parallel import inference, mesh
+from ..parallel.config import ParallelConfig
+from ..train import hardware
 from ..train.run_folder import load_run
 from ..train.tokenizer import load_tokenizer_from
 from . import flags
@@ -19,7 +24,8 @@ from . import flags
 
 @dataclass
 class GenerateFlags:
-    """Continue a text with a model that `attnres train` made."""
+    """Continue a text with a model that `attnres train` made. Under torchrun its processes share the model: each has a
+    part of every matrix."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of the run."""
@@ -33,24 +39,44 @@ class GenerateFlags:
     """Draw from that many likeliest tokens only."""
     seed: int = 0
     """Seed of the draws."""
+    prefill_chunk: int | None = None
+    """Read the prompt so many tokens at a time, which bounds the memory of a long one; the default reads it at once."""
     device: str = "auto"
     """Device: auto, cpu, cuda, ..."""
 
 
 def run(argv: Sequence[str]) -> int:
     given = flags.parse(GenerateFlags, argv, "generate", tyro.MISSING_NONPROP)
-    model, _ = load_run(given.run, given.device)
-    tokenizer = load_tokenizer_from(given.run)
-    prompt = torch.tensor(tokenizer.encode(given.prompt).astype("int64"), device=model.embed_tokens.weight.device)
-    ids = generate(
-        model,
-        prompt,
-        given.tokens,
-        temperature=given.temperature,
-        top_k=given.top_k,
-        seed=given.seed,
-        end=tokenizer.end_of_document,
-    )
-    text = tokenizer.decode([*prompt.tolist(), *ids])
-    sys.stdout.write(text + "\n")
+    with _loaded(given.run, given.device) as (model, is_first):
+        tokenizer = load_tokenizer_from(given.run)
+        prompt = torch.tensor(tokenizer.encode(given.prompt).astype("int64"), device=model.embed_tokens.weight.device)
+        ids = generate(
+            model,
+            prompt,
+            given.tokens,
+            temperature=given.temperature,
+            top_k=given.top_k,
+            seed=given.seed,
+            end=tokenizer.end_of_document,
+            prefill_chunk=given.prefill_chunk,
+        )
+        text = tokenizer.decode([*prompt.tolist(), *ids])
+        if is_first:
+            sys.stdout.write(text + "\n")
     return 0
+
+
+@contextmanager
+def _loaded(folder: Path, device: str) -> Iterator[tuple[Decoder, bool]]:
+    """A run's model, split over the processes that torchrun started, and whether this is the first of them."""
+    processes = mesh.launched_processes()
+    if processes == 1:
+        yield load_run(folder, device)[0], True
+        return
+    split = ParallelConfig(tp=processes)
+    model = load_run(folder, "cpu")[0]
+    split.check(processes, model.config, batch_size=1, context=processes)
+    where = hardware.find_device(device)
+    with mesh.joined(split, where) as joined:
+        inference.apply(model, joined["tp"])
+        yield model.to(where), joined.get_rank() == 0

@@ -43,6 +43,11 @@ def generate(
             "temperature must be zero or more, top_k and the number of new tokens positive; "
             f"they are {temperature}, {top_k} and {max_new_tokens}"
         )
+    if temperature == 0 and (top_k or 1) > 1:
+        raise UsageError(
+            f"temperature 0 takes the likeliest token and leaves nothing for top_k, which is {top_k}; leave one of "
+            "them out"
+        )
     if prefill_chunk is not None and prefill_chunk < 1:
         raise UsageError(f"prefill_chunk must be a positive number of tokens, or None; it is {prefill_chunk}")
     if len(prompt) + max_new_tokens > longest:
