@@ -14,6 +14,8 @@ import torch
 
 from attnres import ops
 from attnres.model import Decoder, DecoderConfig
+from attnres.model.cache import KeyValueCache
+from attnres.parallel.inference_memory import plan_inference
 
 CPU = torch.device("cpu")
 NUM_BLOCKS = 2
@@ -81,3 +83,38 @@ def test_what_a_forward_pass_keeps(memory: ModuleType, backend: str) -> None:
     assert growth == pytest.approx({"prenorm": 1, "block_attnres": 1, "full_attnres": 2}, abs=0.1)
     assert kept("block_attnres", 4) - kept("prenorm", 4) < NUM_BLOCKS
     assert kept("block_attnres", 2, checkpointed=False) > 3 * kept("block_attnres", 2)
+
+
+PROMPT: dict[str, Any] = dict(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=1)
+
+
+def prefill_peak(memory: ModuleType, config: DecoderConfig, context: int, chunk: int) -> int:
+    """Bytes at the fullest moment of reading a prompt, above the weights."""
+    model, ids = Decoder(config).eval(), torch.zeros(1, context, dtype=torch.int64)
+
+    def prefill() -> KeyValueCache:
+        cache = KeyValueCache()
+        with torch.inference_mode():
+            for part in ids.split(chunk, 1):
+                model(part, cache, logits_to_keep=1)
+        return cache
+
+    return memory.allocated(prefill, CPU)[0]
+
+
+@pytest.mark.parametrize(("residual", "chunk"), [("block_attnres", 128), ("block_attnres", 512), ("full_attnres", 128)])
+def test_the_plan_of_a_prompt_is_what_reading_it_takes(memory: ModuleType, residual: str, chunk: int) -> None:
+    config = DecoderConfig(**PROMPT, residual=residual)
+    found = plan_inference(config, 1, 512, 1, chunk, torch.float32, "cpu")
+    assert prefill_peak(memory, config, 512, chunk) == pytest.approx(found.total_bytes - found.weight_bytes, rel=0.1)
+
+
+def test_the_peak_of_a_prompt_grows_with_the_chunk_and_the_cache_alone(memory: ModuleType) -> None:
+    config = DecoderConfig(**PROMPT)
+    cached = {n: plan_inference(config, 1, n, precision=torch.float32, device="cpu").cache_bytes for n in (512, 1024)}
+    short, long = (prefill_peak(memory, config, n, 64) - cached[n] for n in cached)
+    mask_and_old_keys = 5 * 64 * 512 + cached[512] // PROMPT["num_hidden_layers"]  # a layer's, while it runs
+    assert long - short < 1.1 * mask_and_old_keys
+    one = 4 * 256  # bytes of a token of the stream
+    wide = prefill_peak(memory, config, 512, 256) - cached[512]
+    assert wide - short > (256 - 64) * 9 * one  # eight blocks and the embedding

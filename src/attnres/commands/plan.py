@@ -10,8 +10,10 @@ from typing import Any, Literal
 
 import torch
 
+from ..errors import UsageError
 from ..model import DecoderConfig, DecoderShape, preset
 from ..parallel.config import ParallelConfig
+from ..parallel.inference_memory import InferencePlan, plan_inference
 from ..parallel.memory import RankPlan
 from ..parallel.plan import Cluster, Plan, plan
 from . import flags
@@ -23,14 +25,19 @@ ResidualFlags: Any = flags.residual_flags(with_name=True)
 class PlanFlags(Cluster):
     """Say what training on many processes would take, without starting one: memory and parameters of every rank, bytes
     of every pipeline hop, the pipeline's bubble, and whether it fits. Parameters and bytes on the wire are exact; times
-    follow from the rates given here. JSON has every hop; the table sums them up."""
+    follow from the rates given here. JSON has every hop; the table sums them up. With --inference: what reading a
+    prompt takes of a process's memory, at once, over the processes of --parallel.tp, and in chunks."""
 
+    inference: bool = False
+    """Plan reading a prompt of --context tokens, not training."""
+    prefill_chunk: int | None = None
+    """Tokens of the prompt that are read at a time; for --inference."""
     batch_size: int = 8
     """Sequences in one forward pass, of all processes together."""
     context: int = 2048
     """Tokens in a sequence."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
-    """Dtype of autocast."""
+    """Dtype of autocast; with --inference of everything."""
     checkpointing: bool = False
     """Activation checkpointing: recompute each Transformer block in the backward pass instead of keeping it."""
     json: bool = False
@@ -53,9 +60,57 @@ def run(argv: Sequence[str]) -> int:
     options = flags.options_for(given.residual.name, flags.chosen_options(given.residual), given.preset)
     model = DecoderConfig(**asdict(given.model), residual=given.residual.name, residual_options=options)
     dtype = getattr(torch, given.precision)
+    if given.inference:
+        steps = inference_steps(model, given, dtype)
+        as_json = json.dumps([step.to_dict() for step in steps], indent=1)
+        print(as_json if given.json else inference_table(steps, model, given))
+        return 0
+    if given.prefill_chunk is not None:
+        raise UsageError("prefill_chunk is for inference; add --inference, or leave it out")
     found = plan(model, given.parallel, given.batch_size, given.context, dtype, given.checkpointing, given)
     print(json.dumps(found.to_dict(), indent=1) if given.json else table(found, given))
     return 0
+
+
+def inference_steps(model: DecoderConfig, given: PlanFlags, precision: torch.dtype) -> list[InferencePlan]:
+    """At once in one process, then over all of them, then in chunks as well; without the steps that change nothing."""
+    split = given.parallel
+    for name in ("dp", "shard", "pp"):
+        if getattr(split, name) > 1:
+            raise UsageError(
+                f"parallel.{name} is for training, and is {getattr(split, name)}; inference is planned over parallel.tp"
+            )
+    if given.checkpointing:
+        raise UsageError("checkpointing is for training, where activations are kept; leave it out with --inference")
+    chunk = given.prefill_chunk if (given.prefill_chunk or 0) < given.context else None
+    ways = dict.fromkeys([(1, None), (split.tp, None), (split.tp, chunk)])
+    return [plan_inference(model, given.batch_size, given.context, tp, tokens, precision) for tp, tokens in ways]
+
+
+def inference_table(steps: list[InferencePlan], model: DecoderConfig, cluster: PlanFlags) -> str:
+    """Memory of one process, a line for each way of reading the prompt, gigabytes of 10^9."""
+    blocks = None if steps[0].block_bytes is None else model.build_residual().num_blocks
+    heads = ["weights", "cache", f"{blocks} blocks", "over depth", "one layer", "total GB"]
+    rows = [["processes", "tokens at a time", *heads, ""]]
+    for step in steps:
+        sizes: list[int | None] = [step.weight_bytes, step.cache_bytes, step.block_bytes]
+        sizes += [step.state_bytes, step.working_bytes, step.total_bytes]
+        fits = "fits" if step.total_bytes <= cluster.usable_bytes else "too much"
+        cells = ["" if size is None else f"{size / 1e9:.3g}" for size in sizes]
+        rows.append([str(step.processes), f"{step.tokens:,}", *cells, fits])
+    if blocks is None:
+        rows = [[*row[:4], *row[5:]] for row in rows]
+    meaning = ": the blocks, the embedding and, read in two phases, results for the layers ahead" if blocks else ""
+    lines = [
+        f"{_short(steps[0].parameters)} parameters of width {model.hidden_size}; {cluster.batch_size} x "
+        f"{cluster.context:,} tokens in {cluster.precision}; memory of one process at the end of the prompt",
+        "",
+        *_columns(rows),
+        "",
+        f"over depth is the most that the residual connection keeps{meaning}",
+        f"a device has {cluster.memory_gb:g} GB less {cluster.reserve_gb:g} in reserve",
+    ]
+    return "\n".join(lines)
 
 
 def table(found: Plan, cluster: Cluster) -> str:

@@ -31,7 +31,7 @@ class TokenShards:
 
     def __init__(self, group: ProcessGroup, tokens: int) -> None:
         self.group, self.tokens, self.processes = group, tokens, group.size()
-        self.whole = tokens < self.processes
+        self.whole = tokens < self.processes or self.processes == 1
         self.count = tokens if self.whole else -(-tokens // self.processes)
 
     def own(self, x_BTD: Tensor) -> Tensor:
@@ -45,18 +45,18 @@ class TokenShards:
         if self.whole:
             return own_BtD
         parts_PBtD = own_BtD.new_empty(self.processes, *own_BtD.shape)
-        distributed.all_gather_into_tensor(parts_PBtD.flatten(0, 1), own_BtD.contiguous(), self.group)
+        self._all_gather(parts_PBtD.flatten(0, 1), own_BtD.contiguous())
         return parts_PBtD.transpose(0, 1).flatten(1, 2)[:, : self.tokens].contiguous()
 
     def scatter(self, partial_BTD: Tensor) -> Tensor:
         """This process's tokens [B, count, D] of the sum over the processes."""
         if self.whole:
             total_BTD = partial_BTD.contiguous()
-            distributed.all_reduce(total_BTD, group=self.group)
+            self._all_reduce(total_BTD)
             return total_BTD
         parts_PBtD = self._parts(partial_BTD).contiguous()
         own_BtD = torch.empty_like(parts_PBtD[0])
-        distributed.reduce_scatter_tensor(own_BtD, parts_PBtD.flatten(0, 1), group=self.group)
+        self._reduce_scatter(own_BtD, parts_PBtD.flatten(0, 1))
         return own_BtD
 
     def take(self, sublayer: nn.Module, output_BTD: Tensor) -> Tensor:
@@ -71,6 +71,15 @@ class TokenShards:
         missing = self.processes * self.count - self.tokens
         padded = F.pad(x_BTD, (0, 0, 0, missing)) if missing else x_BTD
         return padded.unflatten(1, (self.processes, self.count)).transpose(0, 1)
+
+    def _all_gather(self, into: Tensor, own: Tensor) -> None:
+        distributed.all_gather_into_tensor(into, own, self.group)
+
+    def _reduce_scatter(self, into: Tensor, parts: Tensor) -> None:
+        distributed.reduce_scatter_tensor(into, parts, group=self.group)
+
+    def _all_reduce(self, partial: Tensor) -> None:
+        distributed.all_reduce(partial, group=self.group)
 
 
 def hidden_over_processes(

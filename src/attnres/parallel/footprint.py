@@ -169,7 +169,7 @@ def _copies(model: Chunk, first: int, last: int, precision: torch.dtype) -> int:
     return sum(w.numel() * precision.itemsize for w in matrices if w.dtype != precision)
 
 
-def _first_expert(layer: MixtureOfExperts, is_split: bool, _: object) -> Experts:
+def first_expert(layer: MixtureOfExperts, is_split: bool, _: object) -> Experts:
     """All rows to one expert, since there is no routing without data: what is kept is the same for any routing."""
 
     def run(x_RD: Tensor, count_E: Tensor) -> Tensor:
@@ -198,7 +198,7 @@ def _model(config: DecoderConfig, context: int, tp: int, ep: int, precision: tor
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
         if isinstance(module, MixtureOfExperts):
-            module.exchange = partial(_first_expert, module, ep > 1)
+            module.exchange = partial(first_expert, module, ep > 1)
     model.residual.lean = True
     if tp > 1:
         for module in (*model.layers, model.lm_head):
