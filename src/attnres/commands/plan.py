@@ -75,7 +75,7 @@ def run(argv: Sequence[str]) -> int:
 def inference_steps(model: DecoderConfig, given: PlanFlags, precision: torch.dtype) -> list[InferencePlan]:
     """At once in one process, then over all of them, then in chunks as well; without the steps that change nothing."""
     split = given.parallel
-    for name in ("dp", "shard", "pp"):
+    for name in ("dp", "shard", "ep", "pp"):
         if getattr(split, name) > 1:
             raise UsageError(
                 f"parallel.{name} is for training, and is {getattr(split, name)}; inference is planned over parallel.tp"
