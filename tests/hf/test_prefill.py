@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("transformers")
 import attnres.hf
+from attnres.errors import UsageError
 from attnres.hf import AttnResConfig, AttnResForCausalLM
 
 from .converted import COMMON, PAD, build, move_queries, padded
@@ -92,3 +93,8 @@ def test_memory_grows_with_the_chunk_and_not_with_the_prompt(name, monkeypatch):
     assert many - few < 1.2 * (cached * 4 / 3 + masks)  # a layer's keys are there twice when they grow
     sources = 7  # six blocks of a layer each and the embedding
     assert peak(512, 512) - many > sources * token * (512 - 32)
+
+
+def test_an_empty_prompt_is_refused():
+    with pytest.raises(UsageError, match="the prompt is empty; give at least one token"):
+        native("block_attnres").generate(torch.empty(1, 0, dtype=torch.int64), max_new_tokens=1)

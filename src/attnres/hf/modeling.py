@@ -142,6 +142,8 @@ class AttnResModel(AttnResPreTrainedModel, Backbone):
             )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if inputs_embeds.shape[1] == 0:
+            raise UsageError("the prompt is empty; give at least one token")
         recomputed = self.checkpointing and torch.is_grad_enabled()
         if recomputed and (use_cache or past_key_values is not None):
             logger.warning_once("gradient checkpointing excludes a cache of keys and values; going on without one")
