@@ -11,6 +11,11 @@ COMMON = {**SHAPE, "num_key_value_heads": 2, "intermediate_size": 48, "max_posit
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
 GROUPS = {"n_group": 1, "topk_group": 1, "n_shared_experts": 1, "n_routed_experts": 4, "first_k_dense_replace": 1}
+WHOLE = {"num_local_experts": 4, "num_experts_per_tok": 2}
+KINDS = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+HEADS = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+NEXT = {"num_experts": 4, "head_dim": 8, "shared_expert_intermediate_size": 16}
+KIMI = {"linear_num_heads": 2, "linear_head_dim": 8, "q_lora_rank": None, "num_key_value_heads": 4}
 
 
 def neox(parallel: bool) -> dict[str, Any]:
@@ -23,7 +28,7 @@ REQUIRED: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {**COMMON, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
     "qwen3": ("Qwen3", {**COMMON, "head_dim": 8}),
     "qwen3_moe": ("Qwen3Moe", {**COMMON, **EXPERTS, "num_experts": 4, "head_dim": 8, "mlp_only_layers": [1]}),
-    "mixtral": ("Mixtral", {**COMMON, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "mixtral": ("Mixtral", {**COMMON, **WHOLE}),
     "phi3": ("Phi3", COMMON),
     "gemma2": ("Gemma2", {**COMMON, "head_dim": 8, "sliding_window": 5}),
     "gemma3": ("Gemma3", {**COMMON, "head_dim": 8, "sliding_window": 5}),
@@ -32,22 +37,27 @@ REQUIRED: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("GPTNeoX", neox(False)),
     "gpt_neox_parallel": ("GPTNeoX", neox(True)),
     "granite": ("Granite", {**COMMON, "residual_multiplier": 0.3, "embedding_multiplier": 2.0}),
+    "kimi_linear": ("KimiLinear", {**COMMON, **EXPERTS, **WHOLE, **LATENT, **KINDS, **KIMI}),
 }
 FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere": ("Cohere", COMMON),
     "deepseek_v3": ("DeepseekV3", {**COMMON, **EXPERTS, **LATENT, **GROUPS, "num_key_value_heads": 4}),
+    "deepseek_v2": ("DeepseekV2", {**COMMON, **EXPERTS, **LATENT, **GROUPS, "num_key_value_heads": 4}),
     "gemma": ("Gemma", {**COMMON, "head_dim": 8}),
     "glm4_moe": ("Glm4Moe", {**COMMON, **EXPERTS, **GROUPS, "head_dim": 8}),
+    "gpt_oss": ("GptOss", {**COMMON, **WHOLE, "head_dim": 8, "sliding_window": 5}),
+    "granitemoe": ("GraniteMoe", {**COMMON, **WHOLE, "residual_multiplier": 0.3}),
     "olmo": ("Olmo", COMMON),
     "olmo3": ("Olmo3", {**COMMON, "sliding_window": 5}),
     "olmoe": ("Olmoe", {**COMMON, "num_experts": 4, "num_experts_per_tok": 2}),
     "phi": ("Phi", COMMON),
     "qwen2_moe": ("Qwen2Moe", {**COMMON, **EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 16}),
+    "qwen3_next": ("Qwen3Next", {**COMMON, **EXPERTS, **KINDS, **HEADS, **NEXT}),
     "seed_oss": ("SeedOss", {**COMMON, "head_dim": 8}),
     "smollm3": ("SmolLM3", COMMON),
     "starcoder2": ("Starcoder2", COMMON),
 }
-ALL = {**REQUIRED, **FURTHER}
+ALL = {name: row for name, row in (REQUIRED | FURTHER).items() if hasattr(transformers, f"{row[0]}PreTrainedModel")}
 _CONFIGS = {"Gemma3": "Gemma3TextConfig"}
 _MODELS = {"GPT2": "GPT2LMHeadModel"}
 

@@ -32,8 +32,7 @@ class DynamicsFlags(GridFlags):
     """Residual connections, separated by commas; the first is the baseline."""
     validate_every: int = 20
     """Steps between looks inside, each with a validation."""
-    preset: str | None = None
-    """Shape to start from: tiny, small, medium; tiny if none is named."""
+    preset: flags.PresetName = None
     model: DecoderShape = field(default_factory=DecoderShape)
     """Shape of the models."""
     residual: ResidualFlags = field(default_factory=ResidualFlags)
@@ -50,7 +49,10 @@ def run(argv: Sequence[str]) -> int:
         residuals=names,
         seeds=seeds_of(given.seeds),
         train=flags.train_config(given, given.model, names[0], {}),
-        residual_options=options_of(names, flags.chosen_options(given.residual)),
+        residual_options={
+            name: flags.options_for(name, options, given.preset)
+            for name, options in options_of(names, flags.chosen_options(given.residual)).items()
+        },
     )
     command = shlex.join(["attnres", "lab", "dynamics", *argv])
     dynamics(config, jobs=given.jobs, minutes=given.minutes, command=command)

@@ -32,6 +32,8 @@ class Architecture:
     final_norm: str = "norm"
     """The base model's norm in front of the output head."""
     attention: str = "self_attn"
+    linear_attention: str | None = None
+    """What stands in the place of `attention` in some decoder layers of a hybrid, if it has a name of its own."""
     attention_norm: str | None = "input_layernorm"
     """None: attention reads the stream as it is."""
     after_attention: tuple[str, ...] = ()
@@ -49,10 +51,15 @@ class Architecture:
     def is_parallel(self, layer: nn.Module) -> bool:
         return bool(getattr(layer, self.parallel)) if isinstance(self.parallel, str) else self.parallel
 
-    def submodules(self) -> set[str]:
-        """The submodules of a decoder layer."""
-        named = (self.attention, self.attention_norm, self.mlp, self.mlp_norm, *self.after_attention, *self.after_mlp)
-        return {name for name in named if name is not None}
+    def attention_of(self, layer: nn.Module) -> str:
+        """The submodule of a decoder layer that is its attention."""
+        linear = self.linear_attention
+        return linear if linear is not None and hasattr(layer, linear) else self.attention
+
+    def submodules(self, layer: nn.Module) -> set[str]:
+        """The submodules that a decoder layer must have, and no others."""
+        attention, mlp = (self.attention_of(layer), self.attention_norm), (self.mlp, self.mlp_norm)
+        return {name for name in (*attention, *mlp, *self.after_attention, *self.after_mlp) if name is not None}
 
 
 TYPE_PREFIX = "attnres_"
@@ -108,9 +115,9 @@ def _check_layers(entry: Architecture, layers: list[nn.Module], expected: int) -
         if "forward" in vars(layer):
             raise UsageError(f"{place} has had its forward replaced; convert the model before that is done")
         children = {name for name, _ in layer.named_children()}
-        if extra := sorted(children - entry.submodules()):
+        if extra := sorted(children - entry.submodules(layer)):
             raise UsageError(f"{place} has {', '.join(extra)}, which an exact conversion does not know how to treat")
-        if missing := sorted(entry.submodules() - children):
+        if missing := sorted(entry.submodules(layer) - children):
             raise UsageError(f"{place} lacks {', '.join(missing)}, which an exact conversion needs to find")
 
 
@@ -125,6 +132,7 @@ _OLMO2 = replace(_GEMMA2, model_type="olmo2", decoder_layer="Olmo2DecoderLayer",
 
 for _entry in (
     Architecture("cohere", "CohereDecoderLayer", mlp_norm="input_layernorm", parallel=True),
+    Architecture("deepseek_v2", "DeepseekV2DecoderLayer"),
     Architecture("deepseek_v3", "DeepseekV3DecoderLayer"),
     Architecture("gemma", "GemmaDecoderLayer"),
     _GEMMA2,
@@ -149,7 +157,10 @@ for _entry in (
         after_mlp=("post_mlp_dropout",),
         parallel="use_parallel_residual",
     ),
+    Architecture("gpt_oss", "GptOssDecoderLayer"),
     Architecture("granite", "GraniteDecoderLayer", multiplier="residual_multiplier"),
+    Architecture("granitemoe", "GraniteMoeDecoderLayer", mlp="block_sparse_moe", multiplier="residual_multiplier"),
+    Architecture("kimi_linear", "KimiLinearDecoderLayer"),
     Architecture("llama", "LlamaDecoderLayer"),
     Architecture("mistral", "MistralDecoderLayer"),
     Architecture("mixtral", "MixtralDecoderLayer"),
@@ -171,6 +182,7 @@ for _entry in (
     Architecture("qwen2_moe", "Qwen2MoeDecoderLayer"),
     Architecture("qwen3", "Qwen3DecoderLayer"),
     Architecture("qwen3_moe", "Qwen3MoeDecoderLayer"),
+    Architecture("qwen3_next", "Qwen3NextDecoderLayer", linear_attention="linear_attn"),
     Architecture("seed_oss", "SeedOssDecoderLayer"),
     Architecture("smollm3", "SmolLM3DecoderLayer"),
     Architecture("starcoder2", "Starcoder2DecoderLayer"),

@@ -78,6 +78,10 @@ class ConvertedLayer(nn.Module):
     """This layer's attention among all layers of the residual connection; its MLP is the one after."""
     last: bool
     """Whether the final norm comes next."""
+    attention_name: str
+    """The submodule that is this layer's attention."""
+    attention_takes: tuple[str, ...] | None
+    """The arguments of the original forward that linear attention gets; None for all, as softmax attention does."""
 
     def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> DepthStream | Tensor:
         entry, attention, mlp = self.architecture, self.first, self.first + 1
@@ -124,7 +128,11 @@ class ConvertedLayer(nn.Module):
 
     def _attend(self, h: Tensor, shards: TokenShards | None, arguments: dict[str, Any]) -> Tensor:
         entry = self.architecture
-        return self._sublayer(h, shards, entry.attention_norm, entry.attention, entry.after_attention, arguments)
+        if self.attention_takes is not None:
+            cache = {"cache_params": arguments.get("past_key_values")}
+            other = set(self.argument_names) - set(self.attention_takes)
+            arguments = {name: value for name, value in arguments.items() if name not in other} | cache
+        return self._sublayer(h, shards, entry.attention_norm, self.attention_name, entry.after_attention, arguments)
 
     def _feed_forward(self, h: Tensor, shards: TokenShards | None) -> Tensor:
         entry = self.architecture
@@ -170,6 +178,9 @@ def attach(base: Any, residual: Residual, entry: Architecture) -> None:
     for i, layer in enumerate(layers):
         layer.__class__ = converted_layer_class(type(layer), entry)
         layer.first, layer.last = 2 * i, i + 1 == len(layers)
+        layer.attention_name = entry.attention_of(layer)
+        takes = tuple(inspect.signature(type(getattr(layer, layer.attention_name)).forward).parameters)
+        layer.attention_takes = takes if "cache_params" in takes else None
         # past nn.Module.__setattr__, or the base model would become a submodule of its own submodule
         vars(layer)["converted_model"] = base
 
