@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from attnres.errors import UsageError
 from attnres.model.moe import MixtureOfExperts, grouped_experts, looped_experts
+from attnres.model.token_experts import token_experts
 
 
 def layer(dtype=torch.float64, **changes) -> MixtureOfExperts:
@@ -184,3 +185,47 @@ def test_sizes_out_of_range_are_refused_in_one_sentence(changes, sentence):
     with pytest.raises(UsageError) as error:
         layer(**changes)
     assert str(error.value) == sentence
+
+
+def test_the_form_for_cpus_has_the_gradients_of_its_function():
+    torch.manual_seed(0)
+    token, count = torch.tensor([2, 0, 1, 4, 1]), torch.tensor([1, 0, 3, 1])
+    shapes = ((5, 3), (5,), (4, 2, 3), (4, 2, 3), (4, 3, 2))
+    tokens, weight, *matrices = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+
+    def function(tokens, weight, *matrices):
+        return token_experts(tokens, weight, token, count, *matrices)
+
+    assert not function(tokens, weight, *matrices)[3].any()
+    torch.autograd.gradcheck(function, (tokens, weight, *matrices))
+    torch.library.opcheck(
+        torch.ops.attnres.token_experts.default, (tokens, weight, token, count, *matrices), test_utils="test_faketensor"
+    )
+
+
+def test_the_form_for_cpus_adds_up_half_precision_in_single():
+    torch.manual_seed(0)
+    moe = layer(torch.float32, hidden_size=32, intermediate_size=24, num_experts=12, experts_per_token=10)
+    x = torch.randn(2, 16, 32)
+
+    def found(autocast):
+        moe.zero_grad()
+        inputs = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = moe(inputs)
+        y.float().square().mean().backward()
+        return [y, inputs.grad, *(p.grad for name, p in moe.named_parameters() if name != "norm.weight")]
+
+    for half, single in zip(found(True), found(False), strict=True):
+        assert (half - single).norm() < 0.02 * single.norm()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_compiler_takes_the_layer_as_one_graph(training):
+    moe = layer(torch.float32).train(training)
+    x = torch.randn(2, 5, 8)
+    compiled = torch.compile(moe, backend="aot_eager", fullgraph=True)
+    (y, found), (expected, true) = gradients(moe, compiled, x), gradients(moe, moe, x)
+    assert torch.equal(y, expected)
+    assert all(torch.equal(a, b) for a, b in zip(found, true, strict=True))
+    assert moe.load.sum() == (2 * 2 * 10 if training else 0)

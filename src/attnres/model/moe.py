@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import UsageError
+from .token_experts import token_experts
 
 Experts = Callable[[Tensor, Tensor], Tensor]
 """Outputs [R, D] for inputs [R, D] sorted by expert, and how many rows [E] each expert has."""
@@ -77,11 +78,16 @@ class MixtureOfExperts(nn.Module):
         expert_R = expert_NK.flatten()
         count_E = torch.zeros_like(self.load).scatter_add(0, expert_R, torch.ones_like(expert_R))
         order_R = expert_R.argsort(stable=True)
-        # index_select and a sum over K instead of one addition at an index: faster, and the same order every time
-        x_RD = x_ND.index_select(0, order_R // self.experts_per_token)
-        run = self.run_experts if self.exchange is None else self.exchange(self.run_experts)
-        y_RD = run(x_RD, count_E).index_select(0, order_R.argsort())
-        y_ND = torch.bmm(weight_NK[:, None].to(y_RD.dtype), y_RD.view(*expert_NK.shape, -1)).squeeze(1)
+        if self.exchange is None and x_ND.device.type == "cpu":
+            weight_R = weight_NK.flatten().index_select(0, order_R)
+            token_R = order_R // self.experts_per_token
+            y_ND = token_experts(_cast(x_ND), weight_R, token_R, count_E, self.gate_proj, self.up_proj, self.down_proj)
+        else:
+            # index_select and a sum over K instead of one addition at an index: the same order every time
+            x_RD = x_ND.index_select(0, order_R // self.experts_per_token)
+            run = self.run_experts if self.exchange is None else self.exchange(self.run_experts)
+            y_RD = run(x_RD, count_E).index_select(0, order_R.argsort())
+            y_ND = torch.bmm(weight_NK[:, None].to(y_RD.dtype), y_RD.view(*expert_NK.shape, -1)).squeeze(1)
         if self.training:
             y_ND = _Counted.apply(y_ND, count_E, self.load)
         if self.shared_experts is not None:
@@ -99,12 +105,10 @@ class MixtureOfExperts(nn.Module):
 
     def run_experts(self, x_RD: Tensor, count_E: Tensor) -> Tensor:
         """Outputs [R, D] for inputs [R, D] sorted by expert, count_E of each."""
-        weights = (self.gate_proj, self.up_proj, self.down_proj)
-        if torch.is_autocast_enabled(x_RD.device.type):
-            dtype = torch.get_autocast_dtype(x_RD.device.type)
-            x_RD, weights = x_RD.to(dtype), tuple(weight.to(dtype) for weight in weights)  # type: ignore[assignment]
+        x_RD = _cast(x_RD)
+        gate, up, down = (weight.to(x_RD.dtype) for weight in (self.gate_proj, self.up_proj, self.down_proj))
         run = grouped_experts if _can_group(x_RD, self.gate_proj) else looped_experts
-        return run(x_RD, *weights, count_E)
+        return run(x_RD, gate, up, down, count_E)
 
     @torch.no_grad()
     def update_bias(self, rate: float = 1e-3) -> None:
@@ -177,6 +181,12 @@ def grouped_experts(x_RD: Tensor, gate_EID: Tensor, up_EID: Tensor, down_EDI: Te
     end_E = count_E.cumsum(0).to(torch.int32)
     gate_RI, up_RI = (F.grouped_mm(x_RD, weight.transpose(1, 2), offs=end_E) for weight in (gate_EID, up_EID))
     return F.grouped_mm(F.silu(gate_RI) * up_RI, down_EDI.transpose(1, 2), offs=end_E)
+
+
+def _cast(x: Tensor) -> Tensor:
+    """x in the dtype in which autocast, if it is on, has matrix products."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def _can_group(x_RI: Tensor, weight_EOI: Tensor) -> bool:
