@@ -1,4 +1,4 @@
-"""The native model over two processes, by transformers' own tensor parallelism and FSDP plans."""
+"""Native models over two processes, by transformers' own tensor parallelism and FSDP plans."""
 
 import os
 import socket
@@ -38,6 +38,8 @@ ids = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(1))
 with torch.no_grad():
     torch.testing.assert_close(split.eval()(ids).logits, whole.eval()(ids).logits, rtol=1e-4, atol=1e-4)
 
+HYBRID
+
 if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):  # shards layers before the norms in them
     print("both agree")
     sys.exit()
@@ -53,10 +55,48 @@ print("both agree")
 dist.destroy_process_group()
 """
 
+HYBRID = """
+from attnres.errors import UsageError
+
+torch.manual_seed(0)
+hybrid = AttnResForCausalLM(AttnResConfig(
+    vocab_size=64, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, attention_pattern=("kda", "mla", "gqa"),
+    num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, first_k_dense_replace=1, linear_chunk_size=4,
+    max_position_embeddings=64, initializer_range=0.3, residual_options={"num_blocks": 2},
+))
+for p in hybrid.model.residual.parameters():
+    torch.nn.init.normal_(p)
+folder = sys.argv[1] + "-hybrid"
+if dist.get_rank() == 0:
+    hybrid.save_pretrained(folder)
+dist.barrier()
+split = AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=2))
+delta, latent, experts = split.model.layers[0], split.model.layers[2], split.model.layers[3]
+assert delta.A_log.to_local().shape == (2,) and latent.kv_b_proj.weight.to_local().shape == (32, 32)
+assert experts.down_proj.to_local().shape == (4, 32, 4)
+for model in (split, hybrid):
+    model.eval()
+with torch.no_grad():
+    torch.testing.assert_close(split(ids).logits, hybrid(ids).logits, rtol=1e-4, atol=1e-4)
+greedy = dict(max_new_tokens=6, do_sample=False, pad_token_id=0)
+assert torch.equal(split.generate(ids, **greedy), hybrid.generate(ids, **greedy))
+for model in (split, hybrid):
+    model.train()(ids, labels=ids).loss.backward()
+for (name, p), q in zip(hybrid.named_parameters(), split.parameters(), strict=True):
+    found = q.grad.full_tensor() if hasattr(q.grad, "full_tensor") else q.grad
+    torch.testing.assert_close(found, p.grad, rtol=1e-3, atol=1e-4, msg=lambda text: f"{name}: {text}")
+hybrid.config.linear_num_heads = 3
+try:
+    AttnResForCausalLM.maybe_distribute_model(hybrid, DistributedConfig(tp_size=2), object())
+    raise AssertionError("3 heads over 2 processes")
+except UsageError as error:
+    assert str(error).startswith("linear_num_heads must be a multiple of the tensor-parallel processes: 3 over 2")
+"""
+
 
 def test_tensor_parallel_and_fsdp_compute_the_same(tmp_path):
     script = tmp_path / "worker.py"
-    script.write_text(WORKER)
+    script.write_text(WORKER.replace("\nHYBRID\n", HYBRID))
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])

@@ -59,8 +59,8 @@ class AttnResConfig(PreTrainedConfig, DecoderConfig):  # type: ignore[misc]  # f
                 raise UsageError(f"AttnResConfig has no field {name!r}; did you mean {near[0]!r}?")
         DecoderConfig.__post_init__(self)
         super().__post_init__(**kwargs)
-        if self.is_hybrid:  # transformers has no style for their parameters; attnres.parallel splits them
-            self.base_model_tp_plan = None  # type: ignore[misc, assignment]
+        if self.is_hybrid:  # transformers has no style for their parameters; `hybrid_parallel` splits them
+            self.base_model_tp_plan = {"embed_tokens": "embedding_rowwise"}  # type: ignore[misc]
 
     @property
     def is_hybrid(self) -> bool:

@@ -76,6 +76,20 @@ class AttnResPreTrainedModel(SharesTokens, PreTrainedModel):
         else:
             super()._init_weights(module)
 
+    @classmethod
+    def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh: Any) -> Any:
+        """transformers' hook between making a model and loading its weights."""
+        splits = mesh is not None and distributed_config.tp_size > 1 and model.config.is_hybrid
+        if splits:
+            from .hybrid_parallel import check_sizes, split_layers  # torch.distributed is not everywhere
+
+            check_sizes(model.config, distributed_config)
+        model = super().maybe_distribute_model(model, distributed_config, mesh)
+        if splits:
+            devices = model._device_mesh
+            split_layers(model.base_model.layers, devices["tp"] if devices.ndim > 1 else devices)
+        return model
+
 
 class AttnResModel(AttnResPreTrainedModel, Backbone):
     """The decoder without its output head, as `AutoModel` loads it."""
