@@ -9,6 +9,14 @@ from . import runs
 ZERO_BUBBLE = {"schedule": "ZBVZeroBubble", "virtual_stages": 2}
 INTERLEAVED = {"schedule": "Interleaved1F1B", "virtual_stages": 2}
 TIED, FULL = {"tie_word_embeddings": True}, {"residual": "full_attnres", "residual_options": {}}
+HYBRID = {
+    "attention_pattern": ("kda", "mla"),
+    "linear_chunk_size": 8,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+}
 MUON = {"optimizer": "muon"}
 KIMI = {"model": runs.EXPERTS, "steps": 3}
 ROUNDING, IN_BF16 = 2e-6, 1e-3  # Muon orthogonalises in bfloat16
@@ -18,6 +26,7 @@ CASES = {
     "shard 4, tied": ({"shard": 4}, {"model": TIED, "accumulate": 2}, ROUNDING),
     "shard 2 x tp 2": ({"shard": 2, "tp": 2}, {"accumulate": 2, "steps": 2}, ROUNDING),
     "tp 2 x pp 2, tied": ({"tp": 2, "pp": 2, "microbatches": 2}, {"model": TIED}, ROUNDING),
+    "tp 2 x pp 2, hybrid": ({"tp": 2, "pp": 2, "microbatches": 2}, {"model": HYBRID, "accumulate": 2}, ROUNDING),
     "dp 2 x pp 2, tied": ({"dp": 2, "pp": 2, "microbatches": 2}, {"model": TIED | FULL, "accumulate": 2}, ROUNDING),
     "pp 4 x 2": ({"pp": 4, "microbatches": 4, **INTERLEAVED}, {"model": FULL}, ROUNDING),
     "shard 2 x pp 2": (
