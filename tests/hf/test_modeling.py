@@ -96,7 +96,8 @@ def test_saves_and_loads_through_the_auto_classes(tmp_path, tied):
 
     base = AutoModel.from_pretrained(tmp_path)
     assert type(base) is AttnResModel
-    hidden = base(IDS).last_hidden_state
+    with torch.no_grad():
+        hidden = base(IDS).last_hidden_state
     torch.testing.assert_close(F.linear(hidden, model.lm_head.weight), logits(model))
 
 
@@ -248,7 +249,8 @@ def test_layers_may_be_offloaded_to_disk(tmp_path):
     options = dict(offload_folder=tmp_path / "offload")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map=places, **options)
     assert loaded.model.layers[1].norm.weight.is_meta and loaded.model.layers[2].q_proj.weight.is_meta
-    torch.testing.assert_close(logits(loaded), logits(model))
+    # norms with hooks are called and not folded in, which rounds elsewhere
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-4)
     assert torch.equal(loaded.generate(IDS, **GREEDY), model.generate(IDS, **GREEDY))
 
     places["model.residual"] = "disk"

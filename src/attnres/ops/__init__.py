@@ -5,21 +5,26 @@ compute the same reads with one pass over the finished blocks. Shapes: D is the 
 (batch, tokens), n the number of sources, S the number of queries. Sources are a sequence and are never stacked. bf16,
 fp16, fp32 and fp64; statistics and softmax are fp32 (fp64 for fp64). Every op is differentiable in every tensor
 argument.
+
+Without gradients, as in decoding, the forms that residual connections use skip most checks: they would cost as much as
+the ops.
 """
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from .check import check_queries, check_scale, check_sources, check_statistics, check_vectors
 from .dispatch import backend, select, set_backend
-from .reference import Norm
+from .reference import Norm, fold
 
 __all__ = [
     "Norm",
     "add_norm",
     "backend",
     "depth_attention",
+    "fold",
     "inter_block",
     "inter_block_threaded",
     "merge",
@@ -127,7 +132,7 @@ def merge_norm(
     query: Tensor,
     partial: Tensor | None,
     update: Tensor,
-    key_norm: Tensor,
+    key_norm: Tensor | None,
     out: Tensor,
     lse: Tensor,
     eps: float,
@@ -137,17 +142,20 @@ def merge_norm(
 ) -> tuple[Tensor, Tensor]:
     """Adds `update` to `partial` (None: the block's first output), merges, normalises: one launch on a GPU.
 
+    key_norm: None for a query that has been folded.
     Returns (the new partial sum [..., D], RMSNorm(h) or h [..., D]).
     """
-    check_sources([update, out] if partial is None else [partial, update, out], "(partial, update, out)")
-    check_vectors(update.shape[-1], update.device, query=query, key_norm=key_norm)
-    check_statistics(lse, out)
+    if torch.is_grad_enabled() or update.shape != out.shape:
+        check_sources([update, out] if partial is None else [partial, update, out], "(partial, update, out)")
+        check_vectors(update.shape[-1], update.device, query=query, key_norm=query if key_norm is None else key_norm)
+        check_statistics(lse, out)
     return select(update).merge_norm(query, partial, update, key_norm, out, lse, eps, scale=scale, norm=norm)
 
 
 def add_norm(stream: Tensor, update: Tensor, *, norm: Norm | None = None) -> tuple[Tensor, Tensor]:
     """The standard residual's step: (stream + update, its RMSNorm), fused where the backend can."""
-    check_sources([stream, update], "(stream, update)")
+    if torch.is_grad_enabled() or stream.shape != update.shape:
+        check_sources([stream, update], "(stream, update)")
     return select(stream).add_norm(stream, update, norm=norm)
 
 
@@ -158,25 +166,32 @@ def rms_norm(h: Tensor, norm: Norm) -> Tensor:
 
 
 def inter_block_threaded(
-    queries: Tensor, sources: Sequence[Tensor], key_norms: Tensor, eps: float
+    queries: Tensor, sources: Sequence[Tensor], key_norms: Tensor | None, eps: float
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """`inter_block` that also hands the sources on. Later readers take the returned ones: a source's gradient then runs
-    through its readers as a chain and is written once a block, instead of being summed by autograd once a layer."""
-    check_sources(sources)
-    check_queries(queries, key_norms, sources[0].shape[-1], sources[0].device)
+    through its readers as a chain and is written once a block, instead of being summed by autograd once a layer.
+
+    key_norms: None for queries that have been folded.
+    """
+    if torch.is_grad_enabled():
+        check_sources(sources)
+        check_queries(queries, queries if key_norms is None else key_norms, sources[0].shape[-1], sources[0].device)
     return select(sources[0], len(sources)).inter_block_threaded(queries, sources, key_norms, eps)
 
 
 def read_norm_threaded(
     query: Tensor,
     sources: Sequence[Tensor],
-    key_norm: Tensor,
+    key_norm: Tensor | None,
     eps: float,
     *,
     scale: float = 1.0,
     norm: Norm | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """`read_norm` that also hands the sources on, for the same reason as `inter_block_threaded`."""
-    check_sources(sources)
-    check_vectors(sources[0].shape[-1], sources[0].device, query=query, key_norm=key_norm)
+    if torch.is_grad_enabled():
+        check_sources(sources)
+        check_vectors(
+            sources[0].shape[-1], sources[0].device, query=query, key_norm=query if key_norm is None else key_norm
+        )
     return select(sources[0], len(sources)).read_norm_threaded(query, sources, key_norm, eps, scale=scale, norm=norm)

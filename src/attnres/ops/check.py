@@ -12,10 +12,11 @@ def check_sources(sources: Sequence[Tensor], name: str = "sources") -> None:
     if len(sources) == 0:
         raise ValueError(f"{name} is empty; a read needs at least one source, the embedding")
     first = sources[0]
+    shape, dtype, device = first.shape, first.dtype, first.device
     if first.dim() == 0 or not first.is_floating_point():
         raise ValueError(f"{name} must be floating-point tensors of shape [..., dim]; {name}[0] is {_say(first)}")
     for i, source in enumerate(sources):
-        if source.shape != first.shape or source.dtype != first.dtype or source.device != first.device:
+        if source.shape != shape or source.dtype != dtype or source.device != device:
             raise ValueError(
                 f"{name} must share one shape, dtype and device; {name}[0] is {_say(first)} "
                 f"but {name}[{i}] is {_say(source)}"

@@ -1,7 +1,8 @@
 """Which backend runs an op: the choice, its announcement, and the override, in one place.
 
     reference   plain PyTorch, autograd through everything; any device, any dtype
-    eager       gradient written by hand; any device, any dtype; what "auto" takes without a GPU
+    eager       gradient written by hand; any device, any dtype; what "auto" takes without a GPU; without gradients,
+                in forms of few calls for decoding (`inference`)
     triton      fused kernels on CUDA; bf16, fp16, fp32
 
 "auto" takes triton for CUDA tensors that its kernels support and eager elsewhere; torch.compile traces into it and
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import eager, reference
+from . import eager, inference, reference
 
 NAMES = ("auto", "reference", "eager", "triton")
 MAX_TRITON_WIDTH = 8192
@@ -95,7 +96,9 @@ def _module(name: str) -> ModuleType:
         from . import shapes
 
         return shapes
-    return eager if name == "eager" else reference
+    if name == "reference":
+        return reference
+    return eager if torch.is_grad_enabled() or torch.compiler.is_compiling() else inference
 
 
 def _announce(name: str, source: Tensor) -> None:

@@ -19,12 +19,12 @@ from torch import Tensor
 from .reference import (
     Norm,
     add_norm,
+    fold,
     inter_block,
     inter_block_threaded,
     merge,
     merge_norm,
     rms_norm,
-    statistics_dtype,
 )
 
 __all__ = [
@@ -93,14 +93,13 @@ class _DepthAttention(torch.autograd.Function):
 def depth_attention(
     query: Tensor,
     sources: Sequence[Tensor],
-    key_norm: Tensor,
+    key_norm: Tensor | None,
     eps: float = 1e-6,
     return_weights: bool = False,
     *,
     scale: float = 1.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    dtype = statistics_dtype(sources[0].dtype)
-    folded = query.to(dtype) * key_norm.to(dtype)
+    folded = fold(query, key_norm, sources[0].dtype)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (folded, *sources)):
         h, weights = _DepthAttention.apply(folded, eps, scale, *sources)
     else:  # torch.compile cannot trace a Function whose inputs need no gradient
@@ -109,12 +108,12 @@ def depth_attention(
 
 
 def read_norm(
-    query: Tensor, sources: Sequence[Tensor], key_norm: Tensor, eps: float, *, scale: float, norm: Norm | None
+    query: Tensor, sources: Sequence[Tensor], key_norm: Tensor | None, eps: float, *, scale: float, norm: Norm | None
 ) -> Tensor:
     return rms_norm(depth_attention(query, sources, key_norm, eps, scale=scale), norm)  # type: ignore[arg-type]
 
 
 def read_norm_threaded(
-    query: Tensor, sources: Sequence[Tensor], key_norm: Tensor, eps: float, *, scale: float, norm: Norm | None
+    query: Tensor, sources: Sequence[Tensor], key_norm: Tensor | None, eps: float, *, scale: float, norm: Norm | None
 ) -> tuple[Tensor, list[Tensor]]:
     return read_norm(query, sources, key_norm, eps, scale=scale, norm=norm), list(sources)

@@ -22,13 +22,22 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def logits(query: Tensor, sources: Sequence[Tensor], key_norm: Tensor, eps: float) -> Tensor:
+def fold(query: Tensor, key_norm: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The product of queries and key norms, [D] or [S, D], in the statistics dtype for sources of `dtype`.
+
+    Ops take it as queries with None for key norms: whoever reads without gradients needs it but once a block. None here
+    means the same.
+    """
+    folded = query.to(statistics_dtype(dtype))
+    return folded if key_norm is None else folded * key_norm.to(folded.dtype)
+
+
+def logits(query: Tensor, sources: Sequence[Tensor], key_norm: Tensor | None, eps: float) -> Tensor:
     """Attention logits over depth: query, key_norm [D], sources n x [..., D] -> [n, ...]."""
-    dtype = statistics_dtype(sources[0].dtype)
-    folded = query.to(dtype) * key_norm.to(dtype)
+    folded = fold(query, key_norm, sources[0].dtype)
     rows = []
     for source in sources:
-        v = source.to(dtype)
+        v = source.to(folded.dtype)
         rows.append((v * folded).sum(-1) * torch.rsqrt(v.square().mean(-1) + eps))
     return torch.stack(rows)
 
@@ -44,7 +53,7 @@ def mix(weights: Tensor, sources: Sequence[Tensor]) -> Tensor:
 def depth_attention(
     query: Tensor,
     sources: Sequence[Tensor],
-    key_norm: Tensor,
+    key_norm: Tensor | None,
     eps: float = 1e-6,
     return_weights: bool = False,
     *,
@@ -56,11 +65,11 @@ def depth_attention(
 
 
 def inter_block(
-    queries: Tensor, sources: Sequence[Tensor], key_norms: Tensor, eps: float = 1e-6
+    queries: Tensor, sources: Sequence[Tensor], key_norms: Tensor | None, eps: float = 1e-6
 ) -> tuple[list[Tensor], list[Tensor]]:
     outs, lses = [], []
-    for query, key_norm in zip(queries, key_norms, strict=True):
-        scores = logits(query, sources, key_norm, eps)
+    for query in fold(queries, key_norms, sources[0].dtype):
+        scores = logits(query, sources, None, eps)
         lses.append(scores.logsumexp(0))
         outs.append(mix(scores.softmax(0), sources))
     return outs, lses
@@ -69,7 +78,7 @@ def inter_block(
 def merge(
     query: Tensor,
     partial: Tensor,
-    key_norm: Tensor,
+    key_norm: Tensor | None,
     out: Tensor,
     lse: Tensor,
     eps: float = 1e-6,
@@ -89,7 +98,7 @@ def rms_norm(h: Tensor, norm: Norm | None) -> Tensor:
 
 
 def read_norm(
-    query: Tensor, sources: Sequence[Tensor], key_norm: Tensor, eps: float, *, scale: float, norm: Norm | None
+    query: Tensor, sources: Sequence[Tensor], key_norm: Tensor | None, eps: float, *, scale: float, norm: Norm | None
 ) -> Tensor:
     return rms_norm(depth_attention(query, sources, key_norm, eps, scale=scale), norm)  # type: ignore[arg-type]
 
@@ -98,7 +107,7 @@ def merge_norm(
     query: Tensor,
     partial: Tensor | None,
     update: Tensor,
-    key_norm: Tensor,
+    key_norm: Tensor | None,
     out: Tensor,
     lse: Tensor,
     eps: float,
@@ -116,12 +125,12 @@ def add_norm(stream: Tensor, update: Tensor, *, norm: Norm | None) -> tuple[Tens
 
 
 def inter_block_threaded(
-    queries: Tensor, sources: Sequence[Tensor], key_norms: Tensor, eps: float
+    queries: Tensor, sources: Sequence[Tensor], key_norms: Tensor | None, eps: float
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     return *inter_block(queries, sources, key_norms, eps), list(sources)
 
 
 def read_norm_threaded(
-    query: Tensor, sources: Sequence[Tensor], key_norm: Tensor, eps: float, *, scale: float, norm: Norm | None
+    query: Tensor, sources: Sequence[Tensor], key_norm: Tensor | None, eps: float, *, scale: float, norm: Norm | None
 ) -> tuple[Tensor, list[Tensor]]:
     return read_norm(query, sources, key_norm, eps, scale=scale, norm=norm), list(sources)

@@ -85,7 +85,7 @@ def merge_norm(
     query: Tensor,
     partial: Tensor | None,
     update: Tensor,
-    key_norm: Tensor,
+    key_norm: Tensor | None,
     out: Tensor,
     lse: Tensor,
     eps: float,
@@ -94,6 +94,7 @@ def merge_norm(
     norm: Norm | None,
 ) -> tuple[Tensor, Tensor]:
     """(partial + update, x): the pending add, the merge and the RMSNorm that follows, one launch."""
+    key_norm = torch.ones_like(query) if key_norm is None else key_norm
     _check_merge(query, partial, update, key_norm, out, lse, eps, scale, norm)
     weight, norm_eps = norm or (None, None)
     if partial is None:
@@ -124,9 +125,10 @@ def rms_norm(h: Tensor, norm: Norm) -> Tensor:
 
 
 def inter_block_threaded(
-    queries: Tensor, sources: Sequence[Tensor], key_norms: Tensor, eps: float
+    queries: Tensor, sources: Sequence[Tensor], key_norms: Tensor | None, eps: float
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """`inter_block`, and the sources for their next reader. One source is its own read: nothing is written."""
+    key_norms = torch.ones_like(queries) if key_norms is None else key_norms
     _check_inter_block(queries, sources, key_norms, eps)
     num_queries = len(queries)
     results = ThreadedInterBlock.apply(queries, key_norms, eps, *sources)
@@ -134,9 +136,10 @@ def inter_block_threaded(
 
 
 def read_norm_threaded(
-    query: Tensor, sources: Sequence[Tensor], key_norm: Tensor, eps: float, *, scale: float = 1.0, norm: Norm | None
+    query: Tensor, sources: Sequence[Tensor], key_norm: Tensor | None, eps: float, *, scale: float = 1.0, norm: Norm | None
 ) -> tuple[Tensor, list[Tensor]]:
     """`read_norm`, and the sources for their next reader."""
+    key_norm = torch.ones_like(query) if key_norm is None else key_norm
     _check_read(query, sources, key_norm, eps, scale, norm)
     weight, norm_eps = norm or (None, None)
     x, *handed_on = ThreadedRead.apply(query, key_norm, weight, eps, norm_eps, scale, *sources)

@@ -96,6 +96,22 @@ class DepthAttention(Residual):
         temperature = self.weighing.temperature
         return query if temperature == 1.0 else query / temperature, self.key_norm[index]
 
+    def folded_queries(self, embedding: Tensor) -> Tensor | None:
+        """The products of queries and key norms, [L + 1, D], for all reads of a pass without gradients.
+
+        None where they do not pay: kernels of a GPU fold for nothing, and a lean state has no room.
+        """
+        if torch.is_grad_enabled() or embedding.is_cuda or self.lean or not self.fused:
+            return None
+        return ops.fold(*self.rows(self.first_layer, self.num_layers + 1), embedding.dtype)
+
+    def queries(self, folded: Tensor | None, first: int, last: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """What `rows` gives, for ops; the folded queries and None if there are some and no gradients."""
+        if folded is None or torch.is_grad_enabled():
+            return self.rows(first, last)
+        row = first - self.first_layer
+        return folded[row] if last is None else folded[row : last - self.first_layer], None
+
     def read_flops(self, layer: int) -> int:
         return self.weighing.flops(self.num_sources(layer))
 
@@ -103,21 +119,26 @@ class DepthAttention(Residual):
         return self.weighing.inverse_mean(num_sources) if self.stream_scale else 1.0
 
     def two_phase(self, tensor: Tensor) -> bool:
-        """Whether phase 1 serves a whole block. On CPUs it does not pay; a lean state cannot carry its results."""
+        """Whether phase 1 serves a whole block. On CPUs it pays without gradients, unless a compiler fuses single reads;
+        a lean state cannot carry its results."""
         if self.schedule == "auto":
-            return tensor.is_cuda and self.fused and not self.lean
+            pays = tensor.is_cuda or not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+            return pays and self.fused and not self.lean
         return self.schedule == "two_phase"
 
     def single_read(
-        self, sources: tuple[Tensor, ...], layer: int, norm: nn.Module | None
+        self, sources: tuple[Tensor, ...], layer: int, norm: nn.Module | None, folded: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """One layer's read over `sources`; also the sources for its successors, so that gradients run as a chain."""
+        """One layer's read over `sources`; also the sources for its successors, so that gradients run as a chain.
+
+        folded: the result of `folded_queries`.
+        """
         if len(sources) == 1 and self.weighing.one_source_is_itself:
             return normed(sources[0], norm), sources
         if not self.fused:
             return normed(self.attend(layer, sources, self.scale(len(sources)))[0], norm), sources
         fold, rest = split_norm(norm, self.dim)
-        query, key_norm = self.rows(layer)
+        query, key_norm = self.queries(folded, layer)
         x, handed_on = ops.read_norm_threaded(
             query, sources, key_norm, self.eps, scale=self.scale(len(sources)), norm=fold
         )

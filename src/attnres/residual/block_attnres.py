@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .. import ops
@@ -28,7 +29,7 @@ class BlockState(NamedTuple):
     blocks: finished blocks, the embedding first, each [..., D]; partial: sum of the present block's outputs, None at
     its start;
     update: a layer output not yet added to it (two-phase only); outs, lses: phase 1's results for the layers of the
-    present block that have not read yet (two-phase only).
+    present block that have not read yet (two-phase only); folded: all queries, folded, in a pass without gradients.
     """
 
     blocks: tuple[Tensor, ...]
@@ -36,6 +37,7 @@ class BlockState(NamedTuple):
     update: Tensor | None
     outs: tuple[Tensor, ...]
     lses: tuple[Tensor, ...]
+    folded: Tensor | None = None
 
 
 @register("block_attnres")
@@ -100,19 +102,20 @@ class BlockAttnRes(DepthAttention):
         return len(self.block_starts)
 
     def start(self, embedding: Tensor) -> BlockState:
-        return BlockState((embedding,), None, None, (), ())
+        return BlockState((embedding,), None, None, (), (), self.folded_queries(embedding))
 
     def read(self, state: BlockState, layer: int, norm: nn.Module | None = None) -> tuple[Tensor, BlockState]:
-        if self._starts_block(layer):
-            blocks = self.sources(state, layer)
-            if layer == self.num_layers or len(blocks) == 1 or not self.two_phase(blocks[0]):
-                x, blocks = self.single_read(blocks, layer, norm)
-                return x, BlockState(blocks, None, None, (), ())
-            return self._open_block(blocks, layer, norm)
-        if state.outs:
+        starts = self._starts_block(layer)
+        if state.outs and not starts:
             return self._merge(state, layer, norm)
-        x, sources = self.single_read(self.sources(state, layer), layer, norm)
-        return x, BlockState(sources[:-1], sources[-1], None, (), ())
+        sources = self.sources(state, layer)
+        # with gradients, to read the embedding again costs no more than to merge with it
+        worth = len(sources) > 1 or not torch.is_grad_enabled()
+        if starts and layer < self.num_layers and worth and self.two_phase(sources[0]):
+            return self._open_block(sources, state.folded, layer, norm)
+        x, sources = self.single_read(sources, layer, norm, state.folded)
+        blocks, partial = (sources, None) if starts else (sources[:-1], sources[-1])
+        return x, BlockState(blocks, partial, None, (), (), state.folded)
 
     def write(self, state: BlockState, layer: int, output: Tensor) -> BlockState:
         if state.outs:  # the next read adds it, in the same pass as the merge
@@ -143,10 +146,12 @@ class BlockAttnRes(DepthAttention):
     def _starts_block(self, layer: int) -> bool:
         return layer == self.num_layers or layer in self._block_end
 
-    def _open_block(self, blocks: tuple[Tensor, ...], layer: int, norm: nn.Module | None) -> tuple[Tensor, BlockState]:
-        queries, key_norms = self.rows(layer, self._block_end[layer])
+    def _open_block(
+        self, blocks: tuple[Tensor, ...], folded: Tensor | None, layer: int, norm: nn.Module | None
+    ) -> tuple[Tensor, BlockState]:
+        queries, key_norms = self.queries(folded, layer, self._block_end[layer])
         outs, lses, handed_on = ops.inter_block_threaded(queries, blocks, key_norms, self.eps)
-        state = BlockState(tuple(handed_on), None, None, tuple(outs[1:]), tuple(lses[1:]))
+        state = BlockState(tuple(handed_on), None, None, tuple(outs[1:]), tuple(lses[1:]), folded)
         return normed(outs[0], norm, self.scale(len(blocks))), state
 
     def _merge(self, state: BlockState, layer: int, norm: nn.Module | None) -> tuple[Tensor, BlockState]:
@@ -154,19 +159,13 @@ class BlockAttnRes(DepthAttention):
         assert update is not None, f"layer {layer - 1} has not written yet"
 
         fold, rest = split_norm(norm, self.dim)
-        query, key_norm = self.rows(layer)
+        query, key_norm = self.queries(state.folded, layer)
+        scale = self.scale(len(state.blocks) + 1)
         partial, x = ops.merge_norm(
-            query,
-            state.partial,
-            update,
-            key_norm,
-            state.outs[0],
-            state.lses[0],
-            self.eps,
-            scale=self.scale(len(state.blocks) + 1),
-            norm=fold,
+            query, state.partial, update, key_norm, state.outs[0], state.lses[0], self.eps, scale=scale, norm=fold
         )
-        return normed(x, rest), BlockState(state.blocks, partial, None, state.outs[1:], state.lses[1:])
+        after = BlockState(state.blocks, partial, None, state.outs[1:], state.lses[1:], state.folded)
+        return x if rest is None else rest(x), after
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, block_starts={self.block_starts}"

@@ -22,11 +22,13 @@ from .registry import register
 
 class FullState(NamedTuple):
     """outputs: the embedding and every layer output so far, each [..., D]; outs, lses: phase 1's results for the layers
-    of the present group that have not read yet (two-phase only)."""
+    of the present group that have not read yet (two-phase only); folded: all queries, folded, in a pass without
+    gradients."""
 
     outputs: tuple[Tensor, ...]
     outs: tuple[Tensor, ...]
     lses: tuple[Tensor, ...]
+    folded: Tensor | None = None
 
 
 @register("full_attnres")
@@ -83,7 +85,7 @@ class FullAttnRes(DepthAttention):
         self.add_parameters()
 
     def start(self, embedding: Tensor) -> FullState:
-        return FullState((embedding,), (), ())
+        return FullState((embedding,), (), (), self.folded_queries(embedding))
 
     def read(self, state: FullState, layer: int, norm: nn.Module | None = None) -> tuple[Tensor, FullState]:
         if self.schedule == "two_phase" and layer % self.group_size == 0 and layer < self.num_layers:
@@ -92,8 +94,8 @@ class FullAttnRes(DepthAttention):
             h = self._merge(state, layer)
             after = state._replace(outs=state.outs[1:], lses=state.lses[1:])
             return normed(h, norm), after
-        x, outputs = self.single_read(state.outputs, layer, norm)
-        return x, FullState(outputs, (), ())
+        x, outputs = self.single_read(state.outputs, layer, norm, state.folded)
+        return x, FullState(outputs, (), (), state.folded)
 
     def write(self, state: FullState, layer: int, output: Tensor) -> FullState:
         embedding, *outputs = (*state.outputs, output)
@@ -118,7 +120,7 @@ class FullAttnRes(DepthAttention):
     def _open_group(self, state: FullState, layer: int) -> FullState:
         queries, key_norms = self.rows(layer, min(layer + self.group_size, self.num_layers))
         outs, lses, outputs = ops.inter_block_threaded(queries, state.outputs, key_norms, self.eps)
-        return FullState(tuple(outputs), tuple(outs), tuple(lses))
+        return FullState(tuple(outputs), tuple(outs), tuple(lses), state.folded)
 
     def _merge(self, state: FullState, layer: int) -> Tensor:
         own = state.outputs[layer - layer % self.group_size + 1 :]
