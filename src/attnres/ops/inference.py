@@ -68,7 +68,8 @@ def inter_block(
 
     def reads(*sources: Tensor) -> tuple[Tensor, Tensor]:
         outs, logits, log_weights = _reads(folded, sources, eps)
-        return outs.to(dtype), (logits - log_weights).select(-2, 0)
+        # exact where the likeliest source is, whose weight is no small number
+        return outs.to(dtype), logits.amax(-2) - log_weights.amax(-2)
 
     outs, lses = _in_chunks(reads, *sources)
     return list(outs.unbind(-2)), list(lses.unbind(-1))

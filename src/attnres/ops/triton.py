@@ -97,6 +97,8 @@ def merge_norm(
     key_norm = torch.ones_like(query) if key_norm is None else key_norm
     _check_merge(query, partial, update, key_norm, out, lse, eps, scale, norm)
     weight, norm_eps = norm or (None, None)
+    if partial is None and not torch.is_grad_enabled():
+        return update, merge_op(query, key_norm, None, update, out, lse, weight, eps, norm_eps, scale)[1]
     if partial is None:
         return FirstMerge.apply(query, key_norm, update, out, lse, weight, eps, norm_eps, scale)
     return merge_op(query, key_norm, partial, update, out, lse, weight, eps, norm_eps, scale)[:2]
@@ -131,6 +133,9 @@ def inter_block_threaded(
     key_norms = torch.ones_like(queries) if key_norms is None else key_norms
     _check_inter_block(queries, sources, key_norms, eps)
     num_queries = len(queries)
+    if not torch.is_grad_enabled():
+        outs, lse, _, _ = inter_block_op(queries, key_norms, list(sources), eps, len(sources) > 1)
+        return outs or [sources[0]] * num_queries, list(lse.unbind(0)), list(sources)
     results = ThreadedInterBlock.apply(queries, key_norms, eps, *sources)
     return list(results[:num_queries]), list(results[num_queries].unbind(0)), list(results[num_queries + 1 :])
 
@@ -142,6 +147,8 @@ def read_norm_threaded(
     key_norm = torch.ones_like(query) if key_norm is None else key_norm
     _check_read(query, sources, key_norm, eps, scale, norm)
     weight, norm_eps = norm or (None, None)
+    if not torch.is_grad_enabled():
+        return read_op(query, key_norm, list(sources), weight, eps, norm_eps, scale, False)[0], list(sources)
     x, *handed_on = ThreadedRead.apply(query, key_norm, weight, eps, norm_eps, scale, *sources)
     return x, handed_on
 
