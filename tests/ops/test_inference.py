@@ -85,11 +85,13 @@ def test_statistics_stay_in_fp32_under_autocast(chunk):
 
 @torch.no_grad()
 def test_extreme_inputs(chunk):
-    queries, key_norms, _, partial, update, *sources = draw((2, 9), 3, 2, 17)
+    queries, key_norms, _, partial, _update, *sources = draw((2, 9), 3, 2, 17)
     zero = [torch.zeros_like(sources[0])] * 3
     assert torch.equal(inference.depth_attention(queries[0], zero, key_norms[0]), zero[0])
     outs, lses = inference.inter_block(1e4 * queries, sources, key_norms)
-    spike = 1e6 * (queries[0] * key_norms[0]).expand_as(partial)  # a logit far above the others: the read is that source
+    spike = 1e6 * (queries[0] * key_norms[0]).expand_as(
+        partial
+    )  # a logit far above the others: the read is that source
     torch.testing.assert_close(inference.merge(1e4 * queries[0], spike, key_norms[0], outs[0], lses[0]), spike)
     torch.testing.assert_close(inference.merge(1e4 * queries[0], -spike, key_norms[0], outs[0], lses[0]), outs[0])
     everything_else = [*outs, *lses, inference.depth_attention(queries[0], [1e18 * s for s in sources], key_norms[0])]

@@ -70,7 +70,7 @@ def test_a_layer_of_a_block_is_one_merge(monkeypatch):
 
 @pytest.mark.parametrize("name", ["block_attnres", "full_attnres"])
 def test_gradients_reach_the_queries_of_a_state_begun_without_them(name):
-    res, layers, norms = build(name, 6, {"num_blocks": 2} if name == "block_attnres" else {})
+    res, layers, _norms = build(name, 6, {"num_blocks": 2} if name == "block_attnres" else {})
     with torch.no_grad():
         state = res.start(torch.randn(2, DIM, dtype=torch.float64))
         for i in range(2):
@@ -82,7 +82,7 @@ def test_gradients_reach_the_queries_of_a_state_begun_without_them(name):
 
 
 def test_a_lean_state_holds_nothing_else():
-    res, layers, norms = build("block_attnres", 6, {"num_blocks": 2})
+    res, _layers, norms = build("block_attnres", 6, {"num_blocks": 2})
     res.lean = True
     with torch.no_grad():
         state = res.start(torch.randn(1, DIM, dtype=torch.float64))

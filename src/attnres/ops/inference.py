@@ -104,7 +104,11 @@ def merge_norm(
     folded = query if key_norm is None else fold(query, key_norm, total.dtype)
     if _whole(total):
         return total, _merged(total, out, lse, folded, eps, scale, norm)
-    return total, _in_chunks(lambda *rows: (_merged(*rows, folded, eps, scale, norm),), total, out, lse)[0]
+
+    def merged(total: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor]:
+        return (_merged(total, out, lse, folded, eps, scale, norm),)
+
+    return total, _in_chunks(merged, total, out, lse)[0]
 
 
 def read_norm(

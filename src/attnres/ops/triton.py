@@ -141,7 +141,13 @@ def inter_block_threaded(
 
 
 def read_norm_threaded(
-    query: Tensor, sources: Sequence[Tensor], key_norm: Tensor | None, eps: float, *, scale: float = 1.0, norm: Norm | None
+    query: Tensor,
+    sources: Sequence[Tensor],
+    key_norm: Tensor | None,
+    eps: float,
+    *,
+    scale: float = 1.0,
+    norm: Norm | None,
 ) -> tuple[Tensor, list[Tensor]]:
     """`read_norm`, and the sources for their next reader."""
     key_norm = torch.ones_like(query) if key_norm is None else key_norm

@@ -119,8 +119,8 @@ class DepthAttention(Residual):
         return self.weighing.inverse_mean(num_sources) if self.stream_scale else 1.0
 
     def two_phase(self, tensor: Tensor) -> bool:
-        """Whether phase 1 serves a whole block. On CPUs it pays without gradients, unless a compiler fuses single reads;
-        a lean state cannot carry its results."""
+        """Whether phase 1 serves a whole block. On CPUs it pays without gradients, unless a compiler fuses the single
+        reads; a lean state cannot carry its results."""
         if self.schedule == "auto":
             pays = tensor.is_cuda or not (torch.is_grad_enabled() or torch.compiler.is_compiling())
             return pays and self.fused and not self.lean
