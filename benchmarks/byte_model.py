@@ -174,6 +174,16 @@ def two_phase_rows(L: int, S: int, join: float = THREADED) -> Passes:
     return Passes(forward + sum(step.forward for step in steps), backward + sum(step.backward for step in steps))
 
 
+def inference_rows(L: int, S: int) -> float:
+    """Forward passes without gradients. Phase 1 opens the first block too: that the pending sum is in the merge saves
+    more than the embedding costs."""
+    passes = 0.0
+    for n, s in blocks(L, S):
+        passes += inter_block(n, s).forward + norm().forward + ADD * (s > 1)
+        passes += sum(merge(first=j == 1).forward for j in range(1, s))
+    return passes + read(len(blocks(L, S)) + 1).forward
+
+
 def least(L: int, S: int) -> Passes:
     """No kernel can do with less: as `standard`, and a block's sources read once each way, their gradients written
     once."""

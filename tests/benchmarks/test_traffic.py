@@ -162,8 +162,9 @@ def test_norms(benchmarks: Path, traffic: Traffic) -> None:
     assert moved == list(byte_model.norm())
 
 
-def path(traffic: Traffic, residual: nn.Module, num_layers: int) -> list[float]:
-    """Passes of a residual path. Its layers cost nothing, for they run while nobody counts."""
+def path(traffic: Traffic, residual: nn.Module, num_layers: int, gradients: bool = True) -> list[float]:
+    """Passes of a residual path, forward and, with gradients, backward. Its layers cost nothing, for they run while
+    nobody counts."""
 
     class Layer(torch.autograd.Function):
         @staticmethod
@@ -179,6 +180,7 @@ def path(traffic: Traffic, residual: nn.Module, num_layers: int) -> list[float]:
     norms = [nn.RMSNorm(WIDTH, EPS) for _ in range(num_layers + 1)]
     (embedding,) = rows(1)
 
+    @torch.set_grad_enabled(gradients)
     def forward() -> list[Tensor]:
         state = residual.start(embedding)
         for i in range(num_layers):
@@ -186,7 +188,7 @@ def path(traffic: Traffic, residual: nn.Module, num_layers: int) -> list[float]:
             state = residual.write(state, i, Layer.apply(x))
         return [residual.finish(state, norms[-1])]
 
-    return both_ways(traffic, forward, [embedding], 1)
+    return both_ways(traffic, forward, [embedding], 1) if gradients else [traffic.passes(forward)[0]]
 
 
 @pytest.mark.parametrize(("L", "S"), [(7, 3), (6, 3), (3, 1), (4, 4), (4, 2)])
@@ -205,3 +207,11 @@ def test_layer_by_layer_path(benchmarks: Path, traffic: Traffic, L: int, S: int)
     assert path(traffic, block, L) == list(byte_model.per_read_threaded(L, S))
     if S == 1:
         assert path(traffic, FullAttnRes(WIDTH, L), L) == list(byte_model.per_read_threaded(L, S))
+
+
+@pytest.mark.parametrize(("L", "S"), [(7, 3), (4, 4), (3, 1)])
+def test_path_without_gradients(benchmarks: Path, traffic: Traffic, L: int, S: int) -> None:
+    import byte_model
+
+    block = BlockAttnRes(WIDTH, L, block_size=S, stream_scale=True, schedule="two_phase")
+    assert path(traffic, block, L, gradients=False) == [byte_model.inference_rows(L, S)]
