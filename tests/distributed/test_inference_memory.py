@@ -28,8 +28,9 @@ def test_the_blocks_of_a_long_prompt_are_the_papers(tp, chunk, gigabytes):
     ("residual", "device", "tensors"),
     [
         ({"residual": "prenorm"}, "cuda", 2),  # the stream, and the update that the next read adds
-        ({"residual_options": {"num_blocks": 4}}, "cpu", 5),
-        ({"residual_options": {"num_blocks": 4}}, "cuda", 4 + 2 + 1),  # sources, two results ahead, an update
+        ({"residual_options": {"num_blocks": 4, "schedule": "layerwise"}}, "cpu", 5),
+        ({"residual_options": {"num_blocks": 4}}, "cpu", 4 + 2 + 1),  # sources, two results ahead, an update
+        ({"residual_options": {"num_blocks": 4}}, "cuda", 4 + 2 + 1),
         ({"residual": "full_attnres"}, "cpu", 13),
     ],
 )

@@ -115,7 +115,9 @@ def _starting_at(model: nn.Module, layer: int, state: State) -> Iterator[None]:
 def _deaf(residual: DepthAttention, present: Sequence[Sequence[int]], cuts: Sequence[Cut]) -> Iterator[None]:
     """Within, row k of the batch reads without what cuts[k] says. Sources may have one row for all."""
 
-    def read(sources: tuple[Tensor, ...], layer: int, norm: nn.Module | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def read(
+        sources: tuple[Tensor, ...], layer: int, norm: nn.Module | None, folded: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         weights = _weights(residual, sources, layer, len(cuts))
         if len(sources) > 1:
             gone = [[n == cut.source and cut.layer in (None, layer) for cut in cuts] for n in present[layer]]

@@ -33,6 +33,7 @@ from ..model.mla import MultiHeadLatentAttention
 from ..model.moe import MixtureOfExperts
 from ..model.token_shards import TokenShards
 from ..ops.dispatch import shapes_only
+from ..ops.inference import CHUNK as STACK
 from .config import ParallelConfig
 from .footprint import first_expert, share
 
@@ -92,7 +93,8 @@ def plan_inference(
         shards = _SilentShards(tp, tokens)
         kinds = {type(layer): layer for layer in model.layers}
         working = {kind: _layer_bytes(model, layer, shards, rows, past, precision) for kind, layer in kinds.items()}
-        peak, state = _walk(model, shards, rows, precision, lambda layer: working[type(layer)])
+        stack = STACK * torch.get_num_threads() if device == "cpu" else 0
+        peak, state = _walk(model, shards, rows, precision, lambda layer: working[type(layer)], stack)
         cache = _bytes(_cache(model, rows, context, precision))
     parameters = {id(p): p for p in model.parameters()}.values()
     weights = sum(p.numel() * p.element_size() for p in (*parameters, *model.buffers()))
@@ -179,14 +181,24 @@ def _fused_attention(layer: Any, q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor,
 
 
 def _walk(
-    model: Decoder, shards: TokenShards, rows: int, precision: torch.dtype, working: Callable[[nn.Module], int]
+    model: Decoder,
+    shards: TokenShards,
+    rows: int,
+    precision: torch.dtype,
+    working: Callable[[nn.Module], int],
+    stack: int,
 ) -> tuple[int, int]:
-    """The most bytes at one time over all reads, writes and layers, and the most in the state alone."""
+    """The most bytes at one time over all reads, writes and layers, and the most in the state alone.
+
+    stack: the most elements of sources that a read stacks.
+    """
     most_state = 0
+    num_sources = getattr(model.residual, "num_sources", lambda layer: 0)
     with _Live() as live:
         state = model.residual.start(torch.empty(rows, shards.count, model.config.hidden_size, dtype=precision))
         for i, layer in enumerate(model.layers):
             x, state = model.residual.read(state, i, layer.norm)  # type: ignore[arg-type]
+            torch.empty(min(stack, num_sources(i) * x.numel()), dtype=torch.float32)
             most_state = max(most_state, _state_bytes(state))
             output = torch.empty_like(x)
             del x
@@ -194,11 +206,15 @@ def _walk(
             state = model.residual.write(state, i, output)
             del output
             most_state = max(most_state, _state_bytes(state))
-        shards.gather(model.residual.finish(state, model.norm))
+        x = model.residual.finish(state, model.norm)
+        torch.empty(min(stack, num_sources(len(model.layers)) * x.numel()), dtype=torch.float32)
+        shards.gather(x)
     return live.most, most_state
 
 
 def _state_bytes(state: Any) -> int:
+    """Of tokens: without the queries that DepthAttention folds for a pass, which are parameters' size."""
+    state = state._replace(folded=None) if hasattr(state, "folded") else state
     storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in tree_leaves(state) if isinstance(t, Tensor)}
     return sum(storage.nbytes() for storage in storages.values())
 
