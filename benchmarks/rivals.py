@@ -230,7 +230,9 @@ class _Plugged(DepthAttention):
     def two_phase(self, tensor: Tensor) -> bool:
         return self.rival.read is None
 
-    def single_read(self, sources: tuple[Tensor, ...], layer: int, norm: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def single_read(
+        self, sources: tuple[Tensor, ...], layer: int, norm: Any, folded: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         pair = (norm.weight, norm.eps)
         query, key_norm = self.pseudo_query[layer], self.key_norm[layer]
         if len(sources) == 1:

@@ -24,7 +24,7 @@ TIED_FULL = {"residual": "full_attnres", "residual_options": {}, "tie_word_embed
 CHAINS = {
     "adamw": ({}, {}, [PP, TP_PP, ALONE, SHARD_PP, {"dp": 4}], 1e-5, 1e-5),
     "adamw, tied": (TIED_FULL, {}, [SHARD_PP, PP, {"tp": 2, "shard": 2}, ALONE, PP], 1e-5, 1e-5),
-    "adamw, experts": (runs.EXPERTS, {}, [EP, {**EP, "ep": 4}, ALONE, EP_PP, PP], 1e-5, 1e-5),
+    "adamw, experts": (runs.EXPERTS, {}, [EP, {**EP, "ep": 4}, ALONE, EP_PP, PP], 1e-5, 3e-5),
     "muon": ({}, {"optimizer": "muon"}, [PP, TP_PP, ALONE, {"shard": 4}], 1e-3, 2e-2),  # it works in bfloat16
 }
 

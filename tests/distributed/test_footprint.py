@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from attnres import ops
 from attnres.model import DecoderConfig
+from attnres.model.moe import MixtureOfExperts
 from attnres.parallel import experts as expert_parallel
 from attnres.parallel import mesh as meshes
 from attnres.parallel import pipeline
@@ -32,6 +33,10 @@ def saved_by(part: Chunk, precision: torch.dtype, tokens: int) -> int:
     part.precision, part.residual.lean = precision, True
     for parameter in part.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
+    for module in part.modules():
+        if isinstance(module, MixtureOfExperts):
+            module.correction_bias.zero_()
+            module.exchange = module.exchange or (lambda run: run)  # what GPUs run, and the plan counts
     inputs = [torch.zeros(2, 8, dtype=torch.int64)]
     if not part.is_first:
         assert part.before is not None

@@ -170,7 +170,10 @@ def _copies(model: Chunk, first: int, last: int, precision: torch.dtype) -> int:
 
 
 def first_expert(layer: MixtureOfExperts, is_split: bool, _: object) -> Experts:
-    """All rows to one expert, since there is no routing without data: what is kept is the same for any routing."""
+    """All rows to one expert, since there is no routing without data: what is kept is the same for any routing.
+
+    As on GPUs, and wherever experts are split; a CPU with all of them keeps less.
+    """
 
     def run(x_RD: Tensor, count_E: Tensor) -> Tensor:
         weights: list[Tensor] = [layer.gate_proj, layer.up_proj, layer.down_proj]
