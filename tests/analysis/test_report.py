@@ -11,7 +11,7 @@ import pytest
 
 from attnres.analysis import figures
 from attnres.analysis import report as report_module
-from attnres.analysis.pictures import HEAT_LEVELS, heat_tables
+from attnres.analysis.pictures import HEAT_LEVELS, heat_tables, inline_svg
 from attnres.analysis.report import write_report
 from attnres.errors import Failure, UsageError
 
@@ -123,6 +123,17 @@ def test_inlined_figures_follow_the_page_and_leave_it_alone(html):
     assert "prefers-color-scheme: dark" in html
     for variable in set(re.findall(r"var\((--\w+)\)", html)):
         assert f"{variable}:" in html
+
+
+def test_an_inlined_figure_rounds_its_drawing_and_not_its_numbers(results):
+    small = copy.deepcopy(results)
+    for run in small["runs"]:
+        run["gradient_magnitude"] = [0.005 + 0.02 * i / len(run["gradient_magnitude"]) for i in range(4)]
+    svg = inline_svg(figures.gradient_magnitude(small), "g", "gradients", {})
+    texts = re.findall(r"<text[^>]*>([^<]*)", svg)
+    ticks = [text for text in texts if text.startswith("0.0")]
+    assert len(ticks) == len(set(ticks)) > 2 and any(len(tick) > 4 for tick in ticks)
+    assert not re.search(r"\d\.\d{3}", re.sub(r">[^<]*<", "><", svg))
 
 
 def test_text_from_the_results_is_escaped(results, tmp_path):

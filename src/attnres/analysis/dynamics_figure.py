@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .style import HEAT_MAP, apply_style, looks
+from .style import HEAT_MAP, apply_style, looks, plain_log_ticks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,13 +29,7 @@ def dynamics_figure(results: dict[str, Any], profile: str) -> Figure:
     with apply_style():
         from matplotlib.colors import LogNorm
         from matplotlib.figure import Figure
-        from matplotlib.ticker import LogFormatter, MaxNLocator
-
-        class Plain(LogFormatter):
-            """0.4 where LogFormatter has 4e-01."""
-
-            def __call__(self, x: float, pos: int | None = None) -> str:
-                return f"{x:g}" if super().__call__(x, pos) else ""
+        from matplotlib.ticker import MaxNLocator
 
         tables = {name: profiles(results, name, profile) for name in named}
         positive = np.concatenate([values[values > 0] for _, values in tables.values()])
@@ -55,8 +49,7 @@ def dynamics_figure(results: dict[str, Any], profile: str) -> Figure:
         figure.supxlabel("Step", fontsize=8)
         figure.supylabel("Transformer block", fontsize=8)
         bar = figure.colorbar(mesh, ax=panels, aspect=24, pad=0.02)
-        bar.ax.yaxis.set_major_formatter(Plain())
-        bar.ax.yaxis.set_minor_formatter(Plain())
+        plain_log_ticks(bar.ax.yaxis)
         bar.set_label(LABELS[profile])
         bar.outline.set_visible(False)
     return figure

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import Failure, UsageError
-from .style import HEAT_MAP, HEAT_TICKS, PAPER, SOFT, WIDTH, Look, apply_style, looks
+from .style import HEAT_MAP, HEAT_TICKS, PAPER, SOFT, WIDTH, Look, apply_style, looks, plain_log_ticks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,6 +65,7 @@ def _log_if_wide(axes: Axes, values: list[np.ndarray]) -> None:
     flat = flat[np.isfinite(flat)]
     if flat.size and flat.min() > 0 and flat.max() > 10 * flat.min():
         axes.set_yscale("log")
+        plain_log_ticks(axes.yaxis)
 
 
 def _legend(figure: Figure, axes: Axes) -> None:

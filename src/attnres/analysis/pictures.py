@@ -42,7 +42,7 @@ def inline_svg(figure: Figure, prefix: str, label: str, named: dict[str, Look]) 
     svg = re.sub(r' id="([^"]+)"', lambda m: f' id="{prefix}-{m[1]}"' if m[1] in referred else "", svg)
     svg = re.sub(r'(?:xlink:)?(href="|url\()#', rf"\1#{prefix}-", svg)
     svg = re.sub(r"font-family: [^;\"]+(; )?", "", svg)
-    svg = re.sub(r"\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}", svg)
+    svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r"\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}", tag[0]), svg)
     variables = {INK: "var(--ink)", SOFT: "var(--soft)", RULE: "var(--rule)", PAPER: "none"}
     variables |= {look.colour: f"var(--m{i})" for i, look in enumerate(named.values())}
     for colour, variable in variables.items():

@@ -107,6 +107,18 @@ def apply_style() -> Iterator[None]:
         yield
 
 
+def plain_log_ticks(axis: Any) -> None:
+    """Labels the ticks of a logarithmic matplotlib axis as numbers, 0.4 where matplotlib has 4 x 10^-1."""
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
+    axis.set_major_formatter(Plain())
+    axis.set_minor_formatter(Plain())
+
+
 def looks(results: dict) -> dict[str, Look]:
     """The look of each mechanism in `results`, in the order of their first runs.
 
