@@ -8,7 +8,7 @@ With gradients everything stays as transformers has it, so that gradients of the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -42,9 +42,11 @@ class SharesTokens:
         return model
 
 
-def check_divides(config: Any, processes: int) -> None:
-    """Raises UsageError if that number of processes cannot hold equal numbers of heads."""
-    for name in ("num_attention_heads", "num_key_value_heads"):
+def check_divides(
+    config: Any, processes: int, heads: Iterable[str] = ("num_attention_heads", "num_key_value_heads")
+) -> None:
+    """Raises UsageError if that number of processes cannot hold equal numbers of heads, named as in the config."""
+    for name in heads:
         count = getattr(config, name, None)
         if count is not None and count % processes:
             raise UsageError(

@@ -15,7 +15,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from ..errors import UsageError
 from ..model.moe import Experts, MixtureOfExperts
-from .tensor import OWN_SHARE, own_parts
+from .tensor import SPLIT, own_parts
 
 EXPERTS = ("gate_proj", "up_proj", "down_proj")
 
@@ -69,7 +69,7 @@ def split_experts(layer: MixtureOfExperts, mesh: DeviceMesh) -> None:
             f"leaves {layer.num_experts % processes} over"
         )
     for name in EXPERTS:
-        placements = [Shard(0), Shard(OWN_SHARE[MixtureOfExperts][name])][: mesh.ndim]
+        placements = [Shard(0), Shard(SPLIT[MixtureOfExperts][name])][: mesh.ndim]
         parameter = getattr(layer, name)
         share = distribute_tensor(parameter.detach(), mesh, placements, src_data_rank=None)
         setattr(layer, name, nn.Parameter(share, parameter.requires_grad))

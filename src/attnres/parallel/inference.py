@@ -16,17 +16,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
 from ..model import Decoder
-from ..model.attention import Attention
-from ..model.feed_forward import FeedForward
 from ..model.token_shards import TokenShards, hidden_over_processes
 from .config import ParallelConfig
-from .tensor import OWN_SHARE
-
-SHARES: dict[type[nn.Module], dict[str, int]] = {
-    **OWN_SHARE,
-    Attention: {"q_proj.weight": 0, "k_proj.weight": 0, "v_proj.weight": 0, "o_proj.weight": 1},
-    FeedForward: {"gate_proj.weight": 0, "up_proj.weight": 0, "down_proj.weight": 1},
-}
+from .tensor import SPLIT
 
 
 def apply(model: Decoder, mesh: DeviceMesh) -> None:
@@ -42,7 +34,7 @@ def apply(model: Decoder, mesh: DeviceMesh) -> None:
     model.requires_grad_(False)
     for layer in model.layers:
         layer.leaves_partial_sums = True  # type: ignore[assignment]
-        for path, dim in SHARES[type(layer)].items():
+        for path, dim in SPLIT[type(layer)].items():
             owner, _, name = path.rpartition(".")
             module = layer.get_submodule(owner)
             if name in module._parameters:  # there may be no shared experts

@@ -6,7 +6,7 @@ T tokens of its input, computes with its share of the heads or of the inner widt
 scattered back to tokens (sequence parallelism, arXiv 2205.05198, section 4.2). So what a mechanism keeps of earlier
 layers is split too, and reading over depth needs no communication.
 
-Grouped-query attention and dense MLPs run as DTensors. The others (`OWN_SHARE`) run on plain tensors with a process's
+Grouped-query attention and dense MLPs run as DTensors. The others run on plain tensors with a process's
 own part of each split parameter, as if they were smaller: heads of latent and delta attention, the inner width of every
 expert. What they do not split, such as latents and routing, every process computes for all tokens, and its gradient is
 what follows from this process's share.
@@ -14,8 +14,9 @@ what follows from this process's share.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -38,7 +39,9 @@ from ..model.moe import MixtureOfExperts
 TOKENS = Shard(1)
 
 # the dimension of each parameter that is split
-OWN_SHARE: dict[type[nn.Module], dict[str, int]] = {
+SPLIT: dict[type[nn.Module], dict[str, int]] = {
+    Attention: {"q_proj.weight": 0, "k_proj.weight": 0, "v_proj.weight": 0, "o_proj.weight": 1},
+    FeedForward: {"gate_proj.weight": 0, "up_proj.weight": 0, "down_proj.weight": 1},
     MultiHeadLatentAttention: {"q_proj.weight": 0, "kv_b_proj.weight": 0, "o_proj.weight": 1},
     KimiDeltaAttention: {
         **{f"{name}.weight": 0 for name in ("q_proj", "k_proj", "v_proj", "f_b_proj", "g_b_proj", "b_proj")},
@@ -67,10 +70,10 @@ def apply(module: nn.Module, mesh: DeviceMesh) -> None:
     divide by tp. After the backward pass `reduce_replicated_gradients` must follow.
     """
     for layer in module.get_submodule("layers").children():
-        if type(layer) in OWN_SHARE:
-            _run_on_own_share(layer, mesh)
-        else:
+        if isinstance(layer, Attention | FeedForward):
             _split(layer, mesh, _layer_styles(layer))
+        else:
+            _run_on_own_share(layer, mesh)
         layer.register_forward_hook(_as_own_tensor)
     embedding, head = getattr(module, "embed_tokens", None), getattr(module, "lm_head", None)
     tied = embedding is not None and head is not None and head.weight is embedding.weight
@@ -137,10 +140,10 @@ def _split(module: nn.Module, mesh: DeviceMesh, styles: dict[str, ParallelStyle]
 
 
 def _run_on_own_share(layer: nn.Module, mesh: DeviceMesh) -> None:
-    """Splits the parameters that OWN_SHARE names; the layer then takes and returns a process's own tokens."""
+    """Splits the parameters that SPLIT names; the layer then takes and returns a process's own tokens."""
     own = dict(layer.named_parameters())
     split = []
-    for path, dim in OWN_SHARE[type(layer)].items():
+    for path, dim in SPLIT[type(layer)].items():
         if path in own and not isinstance(own[path], DTensor):  # no shared experts, or experts that are split already
             owner, _, name = path.rpartition(".")
             module = layer.get_submodule(owner)
@@ -159,15 +162,18 @@ def _run_on_own_share(layer: nn.Module, mesh: DeviceMesh) -> None:
 
 
 @contextmanager
-def own_parts(split: list[tuple[nn.Module, str]]) -> Iterator[None]:
-    """The local parts in place of split parameters, which are the same tensors to autograd."""
-    held = [module._parameters[name] for module, name in split]
+def own_parts(
+    places: list[tuple[nn.Module, str]], part: Callable[[Any], Any] = lambda parameter: parameter.to_local()
+) -> Iterator[None]:
+    """Within, part(parameter) stands in place of every parameter (module, name); to autograd a DTensor's local part is
+    the same tensor."""
+    held = [module._parameters[name] for module, name in places]
     try:
-        for (module, name), parameter in zip(split, held, strict=True):
-            module._parameters[name] = parameter.to_local()  # type: ignore[assignment,union-attr]
+        for (module, name), parameter in zip(places, held, strict=True):
+            module._parameters[name] = part(parameter)
         yield
     finally:
-        for (module, name), parameter in zip(split, held, strict=True):
+        for (module, name), parameter in zip(places, held, strict=True):
             module._parameters[name] = parameter
 
 
