@@ -169,7 +169,7 @@ def _copies(model: Chunk, first: int, last: int, precision: torch.dtype) -> int:
     return sum(w.numel() * precision.itemsize for w in matrices if w.dtype != precision)
 
 
-def first_expert(layer: MixtureOfExperts, is_split: bool, _: object) -> Experts:
+def _first_expert(layer: MixtureOfExperts, is_split: bool, _: object) -> Experts:
     """All rows to one expert, since there is no routing without data: what is kept is the same for any routing.
 
     As on GPUs, and wherever experts are split; a CPU with all of them keeps less.
@@ -188,20 +188,25 @@ def first_expert(layer: MixtureOfExperts, is_split: bool, _: object) -> Experts:
     return run
 
 
-def _model(config: DecoderConfig, context: int, tp: int, ep: int, precision: torch.dtype) -> Chunk:
-    """The whole model as one of tp and ep processes has it, with fake parameters; its layers take and return T / tp
-    tokens."""
-    with torch.device("meta"):
-        model = Chunk(share(config, tp), 0, config.num_layers, context)
-        keep_experts(model, ep)
-    dtype = torch.promote_types(precision, torch.float32)
+def give_fake_tensors(model: nn.Module, dtype: torch.dtype, ep: int = 1) -> None:
+    """Tensors without data in place of those on the meta device, under FakeTensorMode; parameters in `dtype`, and tied
+    ones apart. Experts then run for any routing (`_first_expert`)."""
     for module in model.modules():  # Module.to would not do for tensors without data
         for name, parameter in list(module.named_parameters(recurse=False)):
             module.register_parameter(name, nn.Parameter(torch.empty(parameter.shape, dtype=dtype)))
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
         if isinstance(module, MixtureOfExperts):
-            module.exchange = partial(first_expert, module, ep > 1)
+            module.exchange = partial(_first_expert, module, ep > 1)
+
+
+def _model(config: DecoderConfig, context: int, tp: int, ep: int, precision: torch.dtype) -> Chunk:
+    """The whole model as one of tp and ep processes has it, with fake parameters; its layers take and return T / tp
+    tokens."""
+    with torch.device("meta"):
+        model = Chunk(share(config, tp), 0, config.num_layers, context)
+        keep_experts(model, ep)
+    give_fake_tensors(model, torch.promote_types(precision, torch.float32), ep)
     model.residual.lean = True
     if tp > 1:
         for module in (*model.layers, model.lm_head):

@@ -14,7 +14,6 @@ import dataclasses
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -30,12 +29,11 @@ from ..model.attention import Attention
 from ..model.cache import KeyValueCache
 from ..model.kda import KDAState, KimiDeltaAttention
 from ..model.mla import MultiHeadLatentAttention
-from ..model.moe import MixtureOfExperts
 from ..model.token_shards import TokenShards
 from ..ops.dispatch import shapes_only
 from ..ops.inference import CHUNK as STACK
 from .config import ParallelConfig
-from .footprint import first_expert, share
+from .footprint import give_fake_tensors, share
 
 
 @dataclass
@@ -253,14 +251,7 @@ def _model(config: DecoderConfig, precision: torch.dtype) -> Decoder:
     """The model as one process has it, with parameters that take no memory."""
     with torch.device("meta"):
         model = Decoder(config)
-    for module in model.modules():  # Module.to would not do for tensors without data
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if module is not model.lm_head or not config.tie_word_embeddings:
-                module.register_parameter(name, nn.Parameter(torch.empty(parameter.shape, dtype=precision)))
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
-        if isinstance(module, MixtureOfExperts):
-            module.exchange = partial(first_expert, module, False)
+    give_fake_tensors(model, precision)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
     for layer in model.layers:
