@@ -136,10 +136,9 @@ def _weights(residual: DepthAttention, sources: Sequence[Tensor], layer: int, ro
     if not residual.fused:
         return residual.attend(layer, tuple(v.expand(rows, -1, -1) for v in sources), 1.0)[1]
     query, key_norm = residual.rows(layer)
-    dtype = reference.statistics_dtype(sources[0].dtype)
-    folded, logits = query.to(dtype) * key_norm.to(dtype), []
+    folded, logits = reference.fold(query, key_norm, sources[0].dtype), []
     for source in sources:
-        v = source.to(dtype)
+        v = source.to(folded.dtype)
         square = torch.linalg.vector_norm(v, dim=-1).square() / residual.dim
         logits.append(((v @ folded) * torch.rsqrt(square + residual.eps)).expand(rows, -1))
     return torch.stack(logits).softmax(0)

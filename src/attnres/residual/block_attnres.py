@@ -165,7 +165,7 @@ class BlockAttnRes(DepthAttention):
             query, state.partial, update, key_norm, state.outs[0], state.lses[0], self.eps, scale=scale, norm=fold
         )
         after = BlockState(state.blocks, partial, None, state.outs[1:], state.lses[1:], state.folded)
-        return x if rest is None else rest(x), after
+        return normed(x, rest), after
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, block_starts={self.block_starts}"
