@@ -26,7 +26,6 @@ from attnres.model.delta_rule import chunked, fla_is_installed, fused, recurrent
 from attnres.train import hardware
 
 GOAL = 1.3
-RECURRENCE_UP_TO = 2048  # tokens; its cost per token is the same for more, and would take most of the run
 PARTS = ("forward", "forward and backward")
 
 
@@ -76,16 +75,16 @@ def main() -> None:
     ]
     names = list(rows[str(lengths[0])])
     for part in PARTS:
-        table = [[tokens, *(cell(row.get(name, {}).get(part)) for name in names)] for tokens, row in rows.items()]
-        grown = [f"{growth[name][part]:.2f}" if name in growth else "-" for name in names]
+        table = [[tokens, *(cell(row[name][part]) for name in names)] for tokens, row in rows.items()]
+        grown = [f"{growth[name][part]:.2f}" for name in names]
         table.append([f"{long} to {short}", *grown])
         lines += [f"## {part}", "", *timing.markdown_table(["tokens", *names], table)]
     lines.append(f"The goal for chunks is a time per token at {long} of at most {GOAL} times that at {short}.")
     timing.save(arguments.out, f"kda_{device.type}{'_quick' if arguments.quick else ''}", document, lines)
 
 
-def cell(times: dict[str, float] | None) -> str:
-    return "-" if times is None else f"{times['median']:.1f} ({times['min']:.1f} to {times['max']:.1f})"
+def cell(times: dict[str, float]) -> str:
+    return f"{times['median']:.1f} ({times['min']:.1f} to {times['max']:.1f})"
 
 
 def measure(
@@ -103,9 +102,7 @@ def measure(
         heads_first = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2), None
 
-    forms: dict[str, Callable[..., Any]] = {"chunks": chunked, "softmax": softmax}
-    if tokens <= RECURRENCE_UP_TO:
-        forms["recurrence"] = recurrent
+    forms: dict[str, Callable[..., Any]] = {"chunks": chunked, "softmax": softmax, "recurrence": recurrent}
     if device.type == "cuda" and fla_is_installed():
         forms["flash-linear-attention"] = fused
 
