@@ -15,7 +15,7 @@ if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 pytest.importorskip("triton")
-from attnres.ops import reference, triton_launch, triton_reduce  # noqa: E402
+from attnres.ops import reference, triton_inter_block, triton_launch, triton_reduce  # noqa: E402
 from attnres.ops import triton as kernels  # noqa: E402
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -142,6 +142,52 @@ def test_threaded_inter_block_hands_sources_on(n, queries, dtype):
     width = 24
     parameters = [0.3 * randn(queries, width), 1 + 0.1 * randn(queries, width, seed=1)]
     check(call, parameters, [randn(2, width, seed=10 + i) for i in range(n)], dtype)
+
+
+@pytest.mark.parametrize("held", ["sums", "rows", "nothing"])
+@pytest.mark.parametrize(
+    ("n", "queries", "dtype", "norm"),
+    [
+        (1, 3, F32, "affine"),
+        (3, 4, F16, "plain"),
+        (4, 1, F32, "affine"),
+        (17, 3, F32, "affine"),
+        (14, 2, BF16, "plain"),
+    ],
+)
+def test_first_read_with_its_norm(n, queries, dtype, norm, held, monkeypatch):
+    """What a program can hold decides who sums the gradients of the queries, and which kernel runs backward."""
+    limits = {"sums": {}, "rows": {"MAX_ROW_SUMS": 0}, "nothing": {"MAX_ROWS": 0}}[held]
+    for name, value in limits.items():
+        monkeypatch.setattr(triton_inter_block, name, value)
+
+    def call(module, parameters, sources):
+        queries, key_norms, weight = parameters
+        outs, lses, handed_on = module.inter_block_threaded(
+            queries, sources, key_norms, 1e-6, scale=3.0, norm=norm_of(norm, weight)
+        )
+        return (*outs, *lses, *handed_on)
+
+    width = 24
+    parameters = [0.3 * randn(queries, width), 1 + 0.1 * randn(queries, width, seed=1), weight_for(norm, width)]
+    check(call, parameters, [randn(3, width, seed=10 + i) for i in range(n)], dtype)
+
+
+@pytest.mark.parametrize(
+    ("n", "width", "tokens", "dtype", "norm"),
+    [(1, 40, 3, F32, "affine"), (3, 257, 1, F16, "plain"), (6, 33, 5, F32, "none"), (12, 24, 2, BF16, "affine")],
+)
+def test_read_goes_on_from_phase_1(n, width, tokens, dtype, norm):
+    def call(module, parameters, activations):
+        query, key_norm, weight, lse = parameters
+        out, *sources = activations
+        x, handed_on = module.read_norm_threaded(
+            query, sources, key_norm, 1e-6, scale=2.0, norm=norm_of(norm, weight), prior=(out, lse)
+        )
+        return (x, *handed_on)
+
+    parameters = [0.3 * randn(width), 1 + 0.1 * randn(width, seed=1), weight_for(norm, width), randn(tokens, seed=4)]
+    check(call, parameters, [randn(tokens, width, seed=10 + i) for i in range(n + 1)], dtype)
 
 
 @pytest.mark.parametrize("partial", [False, True])

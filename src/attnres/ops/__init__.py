@@ -6,8 +6,8 @@ compute the same reads with one pass over the finished blocks. Shapes: D is the 
 fp16, fp32 and fp64; statistics and softmax are fp32 (fp64 for fp64). Every op is differentiable in every tensor
 argument.
 
-Without gradients, as in decoding, the forms that residual connections use skip most checks: they would cost as much as
-the ops.
+Arguments are checked here, once; backends take what they are given. Without gradients on a CPU, as in decoding, the
+forms that residual connections use skip most checks: they would cost as much as the ops.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .check import check_queries, check_scale, check_sources, check_statistics, check_vectors
+from .check import check_norm, check_queries, check_scale, check_sources, check_statistics, check_vectors
 from .dispatch import backend, select, set_backend
 from .reference import Norm, fold
 
@@ -125,6 +125,7 @@ def read_norm(
     """`depth_attention` followed by the RMSNorm `norm` = (weight [D] or None, eps), fused where the backend can."""
     check_sources(sources)
     check_vectors(sources[0].shape[-1], sources[0].device, query=query, key_norm=key_norm)
+    check_norm(norm, sources[0])
     return select(sources[0], len(sources)).read_norm(query, sources, key_norm, eps, scale=scale, norm=norm)
 
 
@@ -145,38 +146,50 @@ def merge_norm(
     key_norm: None for a query that has been folded.
     Returns (the new partial sum [..., D], RMSNorm(h) or h [..., D]).
     """
-    if torch.is_grad_enabled() or update.shape != out.shape:
+    if _careful(update) or update.shape != out.shape:
         check_sources([update, out] if partial is None else [partial, update, out], "(partial, update, out)")
         check_vectors(update.shape[-1], update.device, query=query, key_norm=query if key_norm is None else key_norm)
         check_statistics(lse, out)
+        check_norm(norm, update)
     return select(update).merge_norm(query, partial, update, key_norm, out, lse, eps, scale=scale, norm=norm)
 
 
 def add_norm(stream: Tensor, update: Tensor, *, norm: Norm | None = None) -> tuple[Tensor, Tensor]:
     """The standard residual's step: (stream + update, its RMSNorm), fused where the backend can."""
-    if torch.is_grad_enabled() or stream.shape != update.shape:
+    if _careful(stream) or stream.shape != update.shape:
         check_sources([stream, update], "(stream, update)")
+        check_norm(norm, stream)
     return select(stream).add_norm(stream, update, norm=norm)
 
 
 def rms_norm(h: Tensor, norm: Norm) -> Tensor:
     """RMSNorm of h [..., D] over its last dimension with norm = (weight [D] or None, eps), in the dtype of h."""
     check_sources([h], "(h,)")
+    check_norm(norm, h)
     return select(h).rms_norm(h, norm)
 
 
 def inter_block_threaded(
-    queries: Tensor, sources: Sequence[Tensor], key_norms: Tensor | None, eps: float
+    queries: Tensor,
+    sources: Sequence[Tensor],
+    key_norms: Tensor | None,
+    eps: float,
+    *,
+    scale: float = 1.0,
+    norm: Norm | None = None,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """`inter_block` that also hands the sources on. Later readers take the returned ones: a source's gradient then runs
     through its readers as a chain and is written once a block, instead of being summed by autograd once a layer.
 
-    key_norms: None for queries that have been folded.
+    key_norms: None for queries that have been folded. norm: of the block's first layer, which reads nothing else: the
+    first read then comes multiplied by `scale` and normalised.
     """
-    if torch.is_grad_enabled():
+    if _careful(sources[0]):
         check_sources(sources)
         check_queries(queries, queries if key_norms is None else key_norms, sources[0].shape[-1], sources[0].device)
-    return select(sources[0], len(sources)).inter_block_threaded(queries, sources, key_norms, eps)
+        check_norm(norm, sources[0])
+    chosen = select(sources[0], len(sources))
+    return chosen.inter_block_threaded(queries, sources, key_norms, eps, scale=scale, norm=norm)
 
 
 def read_norm_threaded(
@@ -187,11 +200,26 @@ def read_norm_threaded(
     *,
     scale: float = 1.0,
     norm: Norm | None = None,
+    prior: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """`read_norm` that also hands the sources on, for the same reason as `inter_block_threaded`."""
-    if torch.is_grad_enabled():
+    """`read_norm` that also hands the sources on, for the same reason as `inter_block_threaded`.
+
+    prior: one entry each of phase 1's (out, lse), [..., D] and [...]; the read goes on from it, as if it had read those
+    sources too.
+    """
+    if _careful(sources[0]):
         check_sources(sources)
         check_vectors(
             sources[0].shape[-1], sources[0].device, query=query, key_norm=query if key_norm is None else key_norm
         )
-    return select(sources[0], len(sources)).read_norm_threaded(query, sources, key_norm, eps, scale=scale, norm=norm)
+        check_norm(norm, sources[0])
+        if prior is not None:
+            check_sources([sources[0], prior[0]], "(source, out)")
+            check_statistics(prior[1], prior[0])
+    chosen = select(sources[0], len(sources))
+    return chosen.read_norm_threaded(query, sources, key_norm, eps, scale=scale, norm=norm, prior=prior)
+
+
+def _careful(source: Tensor) -> bool:
+    """Whether the check is cheap beside the op, or the op is a kernel, which would read beyond the end."""
+    return torch.is_grad_enabled() or not source.is_cpu or backend() == "triton"

@@ -46,6 +46,12 @@ def check_statistics(lse: Tensor, out: Tensor) -> None:
         raise ValueError(f"lse must have shape {list(out.shape[:-1])}, that of out without its last; it is {_say(lse)}")
 
 
+def check_norm(norm: tuple[Tensor | None, float] | None, source: Tensor) -> None:
+    """Raises ValueError unless the weight of the norm that follows, if there is one, has the width of `source`."""
+    if norm is not None and norm[0] is not None:
+        check_vectors(source.shape[-1], source.device, norm_weight=norm[0])
+
+
 def check_scale(eps: float, scale: float = 1.0) -> None:
     """Raises ValueError for a negative eps or a scale that is not positive."""
     if not eps >= 0:

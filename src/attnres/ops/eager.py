@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import reference
 from .reference import (
     Norm,
     add_norm,
@@ -114,6 +115,15 @@ def read_norm(
 
 
 def read_norm_threaded(
-    query: Tensor, sources: Sequence[Tensor], key_norm: Tensor | None, eps: float, *, scale: float, norm: Norm | None
+    query: Tensor,
+    sources: Sequence[Tensor],
+    key_norm: Tensor | None,
+    eps: float,
+    *,
+    scale: float,
+    norm: Norm | None,
+    prior: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
+    if prior is not None:
+        return reference.read_norm_threaded(query, sources, key_norm, eps, scale=scale, norm=norm, prior=prior)
     return read_norm(query, sources, key_norm, eps, scale=scale, norm=norm), list(sources)

@@ -124,13 +124,44 @@ def add_norm(stream: Tensor, update: Tensor, *, norm: Norm | None) -> tuple[Tens
     return stream, rms_norm(stream, norm)
 
 
+def join_reads(earlier: tuple[Tensor, Tensor], later: tuple[Tensor, Tensor], scale: float) -> Tensor:
+    """scale times the read over two sets of sources, from (read [..., D], log-sum-exp [...]) over each of them."""
+    gap = later[1] - earlier[1]
+    return mix(torch.stack([torch.sigmoid(-gap), torch.sigmoid(gap)]) * scale, [earlier[0], later[0]])
+
+
 def inter_block_threaded(
-    queries: Tensor, sources: Sequence[Tensor], key_norms: Tensor | None, eps: float
+    queries: Tensor,
+    sources: Sequence[Tensor],
+    key_norms: Tensor | None,
+    eps: float,
+    *,
+    scale: float = 1.0,
+    norm: Norm | None = None,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    return *inter_block(queries, sources, key_norms, eps), list(sources)
+    outs, lses = inter_block(queries, sources, key_norms, eps)
+    if norm is not None:
+        outs[0] = rms_norm(outs[0], scaled_norm(norm, scale))
+    return outs, lses, list(sources)
 
 
 def read_norm_threaded(
-    query: Tensor, sources: Sequence[Tensor], key_norm: Tensor | None, eps: float, *, scale: float, norm: Norm | None
+    query: Tensor,
+    sources: Sequence[Tensor],
+    key_norm: Tensor | None,
+    eps: float,
+    *,
+    scale: float,
+    norm: Norm | None,
+    prior: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    return read_norm(query, sources, key_norm, eps, scale=scale, norm=norm), list(sources)
+    if prior is None:
+        return read_norm(query, sources, key_norm, eps, scale=scale, norm=norm), list(sources)
+    key_norms = None if key_norm is None else key_norm.unsqueeze(0)
+    (out,), (lse,) = inter_block(query.unsqueeze(0), sources, key_norms, eps)
+    return rms_norm(join_reads(prior, (out, lse), scale), norm), list(sources)
+
+
+def scaled_norm(norm: Norm, scale: float) -> Norm:
+    """The norm of h that is the given norm of scale * h: it takes the scale away again, but for its eps."""
+    return norm[0], norm[1] / scale**2

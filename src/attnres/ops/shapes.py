@@ -64,9 +64,17 @@ def read_norm(
 
 
 def read_norm_threaded(
-    query: Tensor, sources: Sequence[Tensor], key_norm: Tensor, eps: float, *, scale: float, norm: Norm | None
+    query: Tensor,
+    sources: Sequence[Tensor],
+    key_norm: Tensor,
+    eps: float,
+    *,
+    scale: float,
+    norm: Norm | None,
+    prior: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    return read_norm(query, sources, key_norm, eps, scale=scale, norm=norm), list(sources)
+    earlier = () if prior is None else prior
+    return _Read.apply(query, key_norm, None if norm is None else norm[0], *sources, *earlier), list(sources)
 
 
 def add_norm(stream: Tensor, update: Tensor, *, norm: Norm | None) -> tuple[Tensor, Tensor]:

@@ -1,22 +1,26 @@
 """The Triton backend: depth attention on GPUs, with the residual add and the following RMSNorm folded in.
 
 Same functions as `reference`, for bf16, fp16 and fp32 tensors on CUDA devices, up to 8192 wide and 256 sources. Kernels
-and custom ops are in the triton_* modules, autograd and the threaded forms in triton_autograd.
+are in the triton_* modules, autograd and the chaining of gradients in triton_autograd.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .check import check_queries, check_scale, check_sources, check_statistics, check_vectors
-from .reference import Norm
-from .triton_autograd import FirstMerge, ThreadedInterBlock, ThreadedRead
-from .triton_inter_block import inter_block as inter_block_op
+from .reference import Norm, scaled_norm
+from .triton_autograd import AddNorm, InterBlock, Merge, Read, called
+from .triton_inter_block import inter_block as inter_block_now
+from .triton_inter_block import inter_block_op, rows_fit
 from .triton_launch import check_supported
-from .triton_merge import merge as merge_op
-from .triton_norm import add_norm as add_norm_op
-from .triton_read import read as read_op
+from .triton_merge import merge as merge_now
+from .triton_merge import merge_op
+from .triton_norm import add_norm as add_norm_now
+from .triton_norm import add_norm_op
+from .triton_read import read as read_now
+from .triton_read import read_op
 
 __all__ = [
     "add_norm",
@@ -41,20 +45,18 @@ def depth_attention(
     scale: float = 1.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """h [..., D], and with return_weights the softmax weights [n, ...] in fp32, without gradient."""
-    _check_read(query, sources, key_norm, eps, scale, None)
-    h, lse, logits = read_op(query, key_norm, list(sources), None, eps, None, scale, return_weights)
+    h, stats, *_ = _read(query, sources, key_norm, eps, scale, None)
     if not return_weights:
         return h
-    return h, torch.exp(logits - lse.unsqueeze(-1)).movedim(-1, 0)
+    n = len(sources)
+    return h, torch.exp(stats[..., :n] - stats[..., 2 * n : 2 * n + 1]).movedim(-1, 0)
 
 
 def inter_block(
     queries: Tensor, sources: Sequence[Tensor], key_norms: Tensor, eps: float = 1e-6
 ) -> tuple[list[Tensor], list[Tensor]]:
     """S reads [..., D] and their log-sum-exps [...] in fp32, in one pass over the sources."""
-    _check_inter_block(queries, sources, key_norms, eps)
-    outs, lse, _, _ = inter_block_op(queries, key_norms, list(sources), eps, True)
-    return outs, list(lse.unbind(0))
+    return inter_block_threaded(queries, sources, key_norms, eps)[:2]
 
 
 def merge(
@@ -68,17 +70,14 @@ def merge(
     scale: float = 1.0,
 ) -> Tensor:
     """h [..., D], the read over phase 1's sources and `partial`."""
-    _check_merge(query, None, partial, key_norm, out, lse, eps, scale, None)
-    return merge_op(query, key_norm, None, partial, out, lse, None, eps, None, scale)[1]
+    return merge_norm(query, None, partial, key_norm, out, lse, eps, scale=scale, norm=None)[1]
 
 
 def read_norm(
     query: Tensor, sources: Sequence[Tensor], key_norm: Tensor, eps: float, *, scale: float = 1.0, norm: Norm | None
 ) -> Tensor:
     """`depth_attention` and the RMSNorm that follows, one launch."""
-    _check_read(query, sources, key_norm, eps, scale, norm)
-    weight, norm_eps = norm or (None, None)
-    return read_op(query, key_norm, list(sources), weight, eps, norm_eps, scale, False)[0]
+    return _read(query, sources, key_norm, eps, scale, norm)[0]
 
 
 def merge_norm(
@@ -95,49 +94,52 @@ def merge_norm(
 ) -> tuple[Tensor, Tensor]:
     """(partial + update, x): the pending add, the merge and the RMSNorm that follows, one launch."""
     key_norm = torch.ones_like(query) if key_norm is None else key_norm
-    _check_merge(query, partial, update, key_norm, out, lse, eps, scale, norm)
+    check_supported(update)
     weight, norm_eps = norm or (None, None)
-    if partial is None and not torch.is_grad_enabled():
-        return update, merge_op(query, key_norm, None, update, out, lse, weight, eps, norm_eps, scale)[1]
-    if partial is None:
-        return FirstMerge.apply(query, key_norm, update, out, lse, weight, eps, norm_eps, scale)
-    return merge_op(query, key_norm, partial, update, out, lse, weight, eps, norm_eps, scale)[:2]
+    inputs = (query, key_norm, partial, update, out, lse, weight, eps, norm_eps, scale)
+    if differentiates(query, key_norm, partial, update, out, lse, weight):
+        return Merge.apply(*inputs)
+    total, x, _ = called(merge_now, merge_op)(*inputs)
+    return update if partial is None else total, x
 
 
 def add_norm(stream: Tensor, update: Tensor, *, norm: Norm | None) -> tuple[Tensor, Tensor]:
     """(stream + update, its RMSNorm), one launch."""
-    check_sources([stream, update], "(stream, update)")
-    check_supported(stream)
     if norm is None:
         total = stream + update
         return total, total
-    weight, eps = norm
-    _check_weight(weight, stream)
-    total, x, _ = add_norm_op(stream, update, weight, eps)
-    return total, x
+    return _add_norm(stream, update, norm)
 
 
-def rms_norm(h: Tensor, norm: Norm) -> Tensor:
-    """RMSNorm of h, one launch."""
-    check_sources([h], "(h,)")
-    check_supported(h)
-    weight, eps = norm
-    _check_weight(weight, h)
-    return add_norm_op(None, h, weight, eps)[1]
+def rms_norm(h: Tensor, norm: Norm | None) -> Tensor:
+    """RMSNorm over the last dimension with the pair (weight, eps); None leaves h as it is."""
+    return h if norm is None else _add_norm(None, h, norm)[1]
 
 
 def inter_block_threaded(
-    queries: Tensor, sources: Sequence[Tensor], key_norms: Tensor | None, eps: float
+    queries: Tensor,
+    sources: Sequence[Tensor],
+    key_norms: Tensor | None,
+    eps: float,
+    *,
+    scale: float = 1.0,
+    norm: Norm | None = None,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """`inter_block`, and the sources for their next reader. One source is its own read: nothing is written."""
+    """`inter_block`, its first read with its scale and the norm that follows, and the sources for their next reader."""
     key_norms = torch.ones_like(queries) if key_norms is None else key_norms
-    _check_inter_block(queries, sources, key_norms, eps)
-    num_queries = len(queries)
-    if not torch.is_grad_enabled():
-        outs, lse, _, _ = inter_block_op(queries, key_norms, list(sources), eps, len(sources) > 1)
-        return outs or [sources[0]] * num_queries, list(lse.unbind(0)), list(sources)
-    results = ThreadedInterBlock.apply(queries, key_norms, eps, *sources)
-    return list(results[:num_queries]), list(results[num_queries].unbind(0)), list(results[num_queries + 1 :])
+    check_supported(sources[0], len(sources))
+    if norm is not None and not rows_fit(sources[0], len(queries)):
+        outs, lses, sources = inter_block_threaded(queries, sources, key_norms, eps)
+        return [rms_norm(outs[0], scaled_norm(norm, scale)), *outs[1:]], lses, sources
+    weight, norm_eps = norm or (None, None)
+    if differentiates(queries, key_norms, weight, *sources):
+        results = InterBlock.apply(queries, key_norms, weight, eps, norm_eps, scale, *sources)
+        outs, lse, handed_on = results[: len(queries)], results[len(queries)], results[len(queries) + 1 :]
+    else:
+        inputs = (queries, key_norms, list(sources), weight, eps, norm_eps, scale, len(sources) > 1)
+        outs, lse, _, _ = called(inter_block_now, inter_block_op)(*inputs)
+        outs, handed_on = [*outs, *[sources[0]] * (len(queries) - len(outs))], sources
+    return list(outs), list(lse.unbind(0)), list(handed_on)
 
 
 def read_norm_threaded(
@@ -148,55 +150,40 @@ def read_norm_threaded(
     *,
     scale: float = 1.0,
     norm: Norm | None,
+    prior: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """`read_norm`, and the sources for their next reader."""
-    key_norm = torch.ones_like(query) if key_norm is None else key_norm
-    _check_read(query, sources, key_norm, eps, scale, norm)
-    weight, norm_eps = norm or (None, None)
-    if not torch.is_grad_enabled():
-        return read_op(query, key_norm, list(sources), weight, eps, norm_eps, scale, False)[0], list(sources)
-    x, *handed_on = ThreadedRead.apply(query, key_norm, weight, eps, norm_eps, scale, *sources)
+    """`read_norm`, and the sources for their next reader. prior: (out, lse) of phase 1, from which the read goes on."""
+    x, _, *handed_on = _read(query, sources, key_norm, eps, scale, norm, prior)
     return x, handed_on
 
 
-def _check_read(
-    query: Tensor, sources: Sequence[Tensor], key_norm: Tensor, eps: float, scale: float, norm: Norm | None
-) -> None:
-    check_sources(sources)
-    check_vectors(sources[0].shape[-1], sources[0].device, query=query, key_norm=key_norm)
-    check_scale(eps, scale)
-    check_supported(sources[0], len(sources))
-    if norm is not None:
-        _check_weight(norm[0], sources[0])
+def differentiates(*tensors: Tensor | None) -> bool:
+    """Whether a result of these has a gradient; torch.compile cannot trace a Function whose inputs need none."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _check_inter_block(queries: Tensor, sources: Sequence[Tensor], key_norms: Tensor, eps: float) -> None:
-    check_sources(sources)
-    check_queries(queries, key_norms, sources[0].shape[-1], sources[0].device)
-    check_scale(eps)
-    check_supported(sources[0], len(sources))
-
-
-def _check_merge(
+def _read(
     query: Tensor,
-    partial: Tensor | None,
-    update: Tensor,
-    key_norm: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    sources: Sequence[Tensor],
+    key_norm: Tensor | None,
     eps: float,
     scale: float,
     norm: Norm | None,
-) -> None:
-    check_sources([update, out] if partial is None else [partial, update, out], "(partial, update, out)")
-    check_vectors(update.shape[-1], update.device, query=query, key_norm=key_norm)
-    check_statistics(lse, out)
-    check_scale(eps, scale)
+    prior: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, ...]:
+    """x, what backward needs, and the sources."""
+    key_norm = torch.ones_like(query) if key_norm is None else key_norm
+    check_supported(sources[0], len(sources))
+    (weight, norm_eps), (out, lse) = norm or (None, None), prior or (None, None)
+    if differentiates(query, key_norm, out, lse, weight, *sources):
+        return Read.apply(query, key_norm, out, lse, weight, eps, norm_eps, scale, *sources)
+    results: Any = called(read_now, read_op)(query, key_norm, list(sources), out, lse, weight, eps, norm_eps, scale)
+    return *results, *sources
+
+
+def _add_norm(stream: Tensor | None, update: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
     check_supported(update)
-    if norm is not None:
-        _check_weight(norm[0], update)
-
-
-def _check_weight(weight: Tensor | None, source: Tensor) -> None:
-    if weight is not None:
-        check_vectors(source.shape[-1], source.device, norm_weight=weight)
+    if differentiates(stream, update, norm[0]):
+        return AddNorm.apply(stream, update, *norm)
+    total, x, _ = called(add_norm_now, add_norm_op)(stream, update, *norm)
+    return update if stream is None else total, x

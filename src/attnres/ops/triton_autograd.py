@@ -1,24 +1,33 @@
-"""Autograd of the Triton ops: the plain forms, registered with the custom ops, and the threaded forms.
+"""Autograd of the Triton ops: each reads its sources and hands them on.
 
 A source has one reader a layer or a block. Autograd sums a tensor's gradients with one add, three rows of traffic, for
-every reader after the first. A threaded form returns its sources as views, which the next reader takes instead: a
+every reader after the first. A chained op returns its sources too, and the next reader takes what was returned: a
 source's gradient is then a chain in which each backward kernel adds its part to what later readers left.
+
+While torch.compile traces, kernels are called as custom ops, opaque to it. Otherwise they are called as functions: the
+dispatch of a custom op takes longer than many a kernel runs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .triton_inter_block import inter_block, inter_block_gradients
-from .triton_merge import merge, merge_gradients
-from .triton_norm import add_norm, add_norm_gradients
-from .triton_read import read, read_gradients
+from .triton_inter_block import inter_block, inter_block_gradients, inter_block_gradients_op, inter_block_op
+from .triton_merge import merge, merge_gradients, merge_gradients_op, merge_op
+from .triton_norm import add_norm, add_norm_gradients, add_norm_gradients_op, add_norm_op
+from .triton_read import read, read_gradients, read_gradients_op, read_op
 
 
-def _views(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return tuple(tensor.view_as(tensor) for tensor in tensors)
+def called(function: Callable[..., Any], op: Callable[..., Any]) -> Callable[..., Any]:
+    """How a kernel is called: as the custom op while somebody traces."""
+    return op if torch.compiler.is_compiling() else function
+
+
+def handed_on(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The sources as results: autograd makes the views itself, but not while torch.compile traces."""
+    return tuple(t.view_as(t) for t in tensors) if torch.compiler.is_compiling() else tuple(tensors)
 
 
 def _or_zeros(gradients: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
@@ -33,144 +42,96 @@ def _left_by_later_readers(gradients: Sequence[Tensor | None], like: Tensor) -> 
     return [] if all(gradient is None for gradient in gradients) else _or_zeros(gradients, like)
 
 
-# one read
-
-
-def _save_read(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    query, key_norm, sources, weight, ctx.eps, ctx.norm_eps, ctx.scale, _ = inputs
-    _, lse, logits = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(lse, logits)
-    ctx.save_for_backward(query, key_norm, weight, lse, *sources)
-
-
-def _read_gradients(ctx: Any, dx: Tensor | None, later: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    query, key_norm, weight, lse, *sources = ctx.saved_tensors
-    (dx,) = _or_zeros([dx], sources[0])
-    later = _left_by_later_readers(later, sources[0])
-    dquery, dkey_norm, dsources, dweight = read_gradients(
-        query, key_norm, sources, weight, lse, dx, later, ctx.eps, ctx.norm_eps, ctx.scale
-    )
-    return dquery, dkey_norm, dsources, None if weight is None else dweight
-
-
-def _read_backward(ctx: Any, dx: Tensor | None, *_: None) -> tuple[Any, ...]:
-    return *_read_gradients(ctx, dx, ()), None, None, None, None
-
-
-read.register_autograd(_read_backward, setup_context=_save_read)
-
-
-class ThreadedRead(torch.autograd.Function):
-    """x and the sources."""
+class Read(torch.autograd.Function):
+    """x and the sources. prior, prior_lse: the read that this one goes on from, or None."""
 
     @staticmethod
     def forward(
         ctx: Any,
         query: Tensor,
         key_norm: Tensor,
+        prior: Tensor | None,
+        prior_lse: Tensor | None,
         weight: Tensor | None,
         eps: float,
         norm_eps: float | None,
         scale: float,
         *sources: Tensor,
     ) -> tuple[Tensor, ...]:
-        inputs = (query, key_norm, list(sources), weight, eps, norm_eps, scale, False)
-        output = read(*inputs)
-        _save_read(ctx, inputs, output)
-        return output[0], *_views(sources)
+        x, stats = called(read, read_op)(query, key_norm, list(sources), prior, prior_lse, weight, eps, norm_eps, scale)
+        ctx.norm_eps, ctx.scale = norm_eps, scale
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(stats)
+        ctx.save_for_backward(query, key_norm, prior, prior_lse, weight, stats, *sources)
+        return x, stats, *handed_on(sources)
 
     @staticmethod
-    def backward(ctx: Any, dx: Tensor | None, *later: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
-        dquery, dkey_norm, dsources, dweight = _read_gradients(ctx, dx, later)
-        return dquery, dkey_norm, dweight, None, None, None, *dsources
+    def backward(ctx: Any, dx: Tensor | None, _: None, *later: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        query, key_norm, prior, prior_lse, weight, stats, *sources = ctx.saved_tensors
+        (dx,) = _or_zeros([dx], sources[0])
+        left = _left_by_later_readers(later, sources[0])
+        dquery, dkey_norm, dsources, dprior, dprior_lse, dweight = called(read_gradients, read_gradients_op)(
+            query, key_norm, sources, prior, prior_lse, weight, stats, dx, left, ctx.norm_eps, ctx.scale
+        )
+        of_prior = (None, None) if prior is None else (dprior, dprior_lse)
+        return dquery, dkey_norm, *of_prior, None if weight is None else dweight, None, None, None, *dsources
 
 
-# phase 1
-
-
-def _save_inter_block(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    queries, key_norms, sources, _, _ = inputs
-    _, lse, logits, rstd = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(logits, rstd)
-    ctx.save_for_backward(queries, key_norms, lse, logits, rstd, *sources)
-
-
-def _inter_block_gradients(
-    ctx: Any, douts: Sequence[Tensor | None], dlse: Tensor | None, later: Sequence[Tensor | None]
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    queries, key_norms, lse, logits, rstd, *sources = ctx.saved_tensors
-    douts = _or_zeros(douts, sources[0])
-    (dlse,) = _or_zeros([dlse], lse)
-    later = _left_by_later_readers(later, sources[0])
-    return inter_block_gradients(queries, key_norms, sources, lse, logits, rstd, douts, dlse, later)
-
-
-def _inter_block_backward(ctx: Any, douts: list[Tensor | None], dlse: Tensor | None, *_: None) -> tuple[Any, ...]:
-    return *_inter_block_gradients(ctx, douts, dlse, ()), None, None
-
-
-inter_block.register_autograd(_inter_block_backward, setup_context=_save_inter_block)
-
-
-class ThreadedInterBlock(torch.autograd.Function):
-    """S reads, their log-sum-exps [S, ...] and the sources. The read of one source is a view of it, by every query."""
+class InterBlock(torch.autograd.Function):
+    """S reads, their log-sum-exps [S, ...] and the sources. norm_eps: the first read comes with its scale and norm. The
+    read of one source is that source, by every query."""
 
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, key_norms: Tensor, eps: float, *sources: Tensor) -> tuple[Tensor, ...]:
-        inputs = (queries, key_norms, list(sources), eps, len(sources) > 1)
-        output = inter_block(*inputs)
-        _save_inter_block(ctx, inputs, output)
-        ctx.num_queries = len(queries)
-        outs, lse, _, _ = output
-        return *(outs or _views(sources * len(queries))), lse, *_views(sources)
+    def forward(
+        ctx: Any,
+        queries: Tensor,
+        key_norms: Tensor,
+        weight: Tensor | None,
+        eps: float,
+        norm_eps: float | None,
+        scale: float,
+        *sources: Tensor,
+    ) -> tuple[Tensor, ...]:
+        outs, lse, logits, rstd = called(inter_block, inter_block_op)(
+            queries, key_norms, list(sources), weight, eps, norm_eps, scale, len(sources) > 1
+        )
+        ctx.norm_eps, ctx.scale, ctx.num_queries = norm_eps, scale, len(queries)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(queries, key_norms, weight, lse, logits, rstd, *sources)
+        if len(sources) == 1:
+            outs = [*outs, *(sources[0].view_as(sources[0]) for _ in range(len(queries) - len(outs)))]
+        return *outs, lse, *handed_on(sources)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        queries, key_norms, weight, lse, logits, rstd, *sources = ctx.saved_tensors
         douts, dlse, *later = gradients[: ctx.num_queries], *gradients[ctx.num_queries :]
-        dqueries, dkey_norms, dsources = _inter_block_gradients(ctx, douts, dlse, later)
-        return dqueries, dkey_norms, None, *dsources
+        dqueries, dkey_norms, dsources, dweight = called(inter_block_gradients, inter_block_gradients_op)(
+            queries,
+            key_norms,
+            sources,
+            weight,
+            lse,
+            logits,
+            rstd,
+            _or_zeros(douts, sources[0]),
+            *_or_zeros([dlse], lse),
+            _left_by_later_readers(later, sources[0]),
+            ctx.norm_eps,
+            ctx.scale,
+        )
+        return dqueries, dkey_norms, None if weight is None else dweight, None, None, None, *dsources
 
 
-# phase 2
-
-
-def _save_merge(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    query, key_norm, partial, update, out, lse, weight, _, ctx.norm_eps, ctx.scale = inputs
-    total, _, stats = output
-    ctx.added = partial is not None
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(stats)
-    ctx.save_for_backward(query, key_norm, total if ctx.added else update, out, lse, weight, stats)
-
-
-def _merge_gradients(ctx: Any, later: Tensor | None, dx: Tensor | None) -> tuple[Any, ...]:
-    query, key_norm, total, out, lse, weight, stats = ctx.saved_tensors
-    (dx,) = _or_zeros([dx], total)
-    dquery, dkey_norm, dtotal, dout, dlse, dweight = merge_gradients(
-        query, key_norm, total, out, lse, weight, stats, dx, later, ctx.norm_eps, ctx.scale
-    )
-    return dquery, dkey_norm, dtotal, dout, dlse, None if weight is None else dweight, None, None, None
-
-
-def _merge_backward(ctx: Any, later: Tensor | None, dx: Tensor | None, _: None) -> tuple[Any, ...]:
-    # without an add the sum is not a result of the op
-    dquery, dkey_norm, dtotal, *others = _merge_gradients(ctx, later if ctx.added else None, dx)
-    return dquery, dkey_norm, dtotal if ctx.added else None, dtotal, *others
-
-
-merge.register_autograd(_merge_backward, setup_context=_save_merge)
-
-
-class FirstMerge(torch.autograd.Function):
-    """The merge of a block's first output, which is the partial sum itself: that, handed on as a view, and x."""
+class Merge(torch.autograd.Function):
+    """The partial sum and x. partial None: the sum is `update` itself, handed on."""
 
     @staticmethod
     def forward(
         ctx: Any,
         query: Tensor,
         key_norm: Tensor,
+        partial: Tensor | None,
         update: Tensor,
         out: Tensor,
         lse: Tensor,
@@ -179,34 +140,41 @@ class FirstMerge(torch.autograd.Function):
         norm_eps: float | None,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
-        inputs = (query, key_norm, None, update, out, lse, weight, eps, norm_eps, scale)
-        output = merge(*inputs)
-        _save_merge(ctx, inputs, output)
-        return update.view_as(update), output[1]
+        total, x, stats = called(merge, merge_op)(
+            query, key_norm, partial, update, out, lse, weight, eps, norm_eps, scale
+        )
+        ctx.norm_eps, ctx.scale, ctx.added = norm_eps, scale, partial is not None
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(query, key_norm, total if ctx.added else update, out, lse, weight, stats)
+        return total if ctx.added else handed_on([update])[0], x
 
     @staticmethod
     def backward(ctx: Any, later: Tensor | None, dx: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
-        return _merge_gradients(ctx, later, dx)
+        query, key_norm, total, out, lse, weight, stats = ctx.saved_tensors
+        (dx,) = _or_zeros([dx], total)
+        dquery, dkey_norm, dtotal, dout, dlse, dweight = called(merge_gradients, merge_gradients_op)(
+            query, key_norm, total, out, lse, weight, stats, dx, later, ctx.norm_eps, ctx.scale
+        )
+        dpartial = dtotal if ctx.added else None
+        return dquery, dkey_norm, dpartial, dtotal, dout, dlse, None if weight is None else dweight, None, None, None
 
 
-# the standard residual
+class AddNorm(torch.autograd.Function):
+    """stream + update and its norm. stream None: the sum is `update` itself, handed on."""
 
+    @staticmethod
+    def forward(
+        ctx: Any, stream: Tensor | None, update: Tensor, weight: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        total, x, rstd = called(add_norm, add_norm_op)(stream, update, weight, eps)
+        ctx.added = stream is not None
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(total if ctx.added else update, weight, rstd)
+        return total if ctx.added else handed_on([update])[0], x
 
-def _save_add_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    stream, update, weight, _ = inputs
-    total, _, rstd = output
-    ctx.added = stream is not None
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(rstd)
-    ctx.save_for_backward(total if ctx.added else update, weight, rstd)
-
-
-def _add_norm_backward(ctx: Any, later: Tensor | None, dx: Tensor | None, _: None) -> tuple[Any, ...]:
-    total, weight, rstd = ctx.saved_tensors
-    (dx,) = _or_zeros([dx], total)
-    # without an add the sum is not a result of the op
-    dtotal, dweight = add_norm_gradients(total, weight, rstd, dx, later if ctx.added else None)
-    return dtotal if ctx.added else None, dtotal, None if weight is None else dweight, None
-
-
-add_norm.register_autograd(_add_norm_backward, setup_context=_save_add_norm)
+    @staticmethod
+    def backward(ctx: Any, later: Tensor | None, dx: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        total, weight, rstd = ctx.saved_tensors
+        (dx,) = _or_zeros([dx], total)
+        dtotal, dweight = called(add_norm_gradients, add_norm_gradients_op)(total, weight, rstd, dx, later)
+        return dtotal if ctx.added else None, dtotal, None if weight is None else dweight, None

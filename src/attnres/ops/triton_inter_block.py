@@ -4,45 +4,41 @@ With q_l = w_l * g_l, r_i = rsqrt(mean(v_i^2) + eps), z_il = <q_l, v_i> r_i and 
 
     o_l = sum_i p_il v_i,   lse_l = logsumexp(z_l)
 
+The first layer of a block reads nothing else, so its read can leave with its scale and its norm, RMSNorm(scale o_0).
 Backward, with do_l and dlse_l the gradients that the merges left, and dv_i' that of later blocks:
 
     dz_il = p_il (<do_l, v_i> - sum_j p_jl <do_l, v_j> + dlse_l),   c_il = dz_il r_i,   e_i = sum_l dz_il z_il r_i^2 / D
     dv_i  = dv_i' + sum_l (p_il do_l + c_il q_l) - e_i v_i
     dq_l  = sum_tokens sum_i c_il v_i
 
-One program serves one token, in three steps: the dot products, over chunks of the width; the softmax or its gradient,
-over n x S scalars; the sums, over chunks again, whose rows now come from L1 or L2. A row is thus never held whole, and
-neither n nor S is bounded by registers: sources go in tiles, queries in groups. The scalars pass between the steps, and
-to backward, through memory: 8 n S bytes beside the 2 D (n + S) of the rows. Rows moved a token: n + S forward, 3n + S
-backward and n for dq.
+The norm's gradient needs o_0, which is made again: with y = dx * weight, t = scale * rstd and k = t^2 <y, o_0> / D it
+is do_0 = t (y - k o_0), and <do_0, v_i> = t (<y, v_i> - k <o_0, v_i>), so all sums over a row need one barrier.
+
+A program takes one token at a time and holds its rows in registers, in their own dtype; sources that do not fit are
+taken in tiles. Rows moved a token: n + S forward, 3n + S backward. dq is summed over each program's tokens in
+registers; where S rows of it do not fit, `triton_reduce.query_partials` makes it, which reads the sources once more.
+`triton_inter_block_wide` serves more queries than four, and wider rows.
 """
 
 # Triton compiles tuple concatenation but not unpacking, and its tuples grow.
 # ruff: noqa: RUF005
-# mypy: disable-error-code="assignment"
+# mypy: disable-error-code="assignment, misc, var-annotated"
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_launch import chunk_config, dense, few_tokens, launch, rows
+from .triton_inter_block_wide import fold, wide_coefficients, wide_reads
+from .triton_launch import FEW_TOKENS, dense, even_share, few_tokens, launch, row_config, rows
 from .triton_reduce import query_partials, sum_partials
-from .triton_rows import join, joined_sums, load_rows, num_tiles, row_pointer, store_gradient
+from .triton_rows import dots, load_rows, num_tiles, row_pointer, squares, store_gradient, sums
 
+MAX_QUERIES = 4
+"""For more, `triton_inter_block_wide` is faster: what is done once a source and query is done by every thread here."""
 
-@triton.jit
-def _per_lane(b_x, LANES: tl.constexpr):
-    """Adds up what one thread holds of a chunk: [BLOCK] -> [LANES]."""
-    return tl.sum(tl.reshape(b_x, [LANES, b_x.shape[0] // LANES]), 1)
-
-
-@triton.jit
-def _zeros(LANES: tl.constexpr, COUNT: tl.constexpr):
-    parts = ()
-    for _ in tl.static_range(COUNT):
-        parts = parts + (tl.zeros([LANES], tl.float32),)
-    return join(parts, COUNT)
+MAX_ROWS, MAX_ROW_SUMS = 64, 64
+"""Elements that a thread may hold of S rows, and of S rows of dq."""
 
 
 @triton.jit
@@ -50,351 +46,577 @@ def _load_query(p_q, query, num_queries, o_d, m_d, D: tl.constexpr):
     return tl.load(p_q + tl.minimum(query, num_queries - 1) * D + o_d, mask=m_d, other=0.0)
 
 
+@triton.jit
+def _logits_of_tile(
+    p_logits, p_rstd, p_q, tile, group, rows, n, num_queries, eps, o_d, m_d,
+    D: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Stores what backward needs of a tile and a group; returns the logits, (l, j) at l * TILE + j, -inf past the n-th
+    source."""
+    parts = squares(rows, TILE, LANES, VECTOR)
+    for l in tl.static_range(GROUP):
+        parts = parts + dots(rows, _load_query(p_q, group * GROUP + l, num_queries, o_d, m_d, D), TILE, LANES, VECTOR)
+    totals = sums(parts, TILE * (1 + GROUP))
+    rstds = ()
+    for j in tl.static_range(TILE):
+        source = tile * TILE + j
+        rstds = rstds + (tl.rsqrt(totals[j] / D + eps),)
+        tl.store(p_rstd + source, rstds[j], mask=source < n)
+    logits = ()
+    for l in tl.static_range(GROUP):
+        query = group * GROUP + l
+        for j in tl.static_range(TILE):
+            source = tile * TILE + j
+            logit = tl.where(source < n, totals[TILE * (1 + l) + j] * rstds[j], -float("inf"))
+            tl.store(p_logits + source * num_queries + query, logit, mask=(source < n) & (query < num_queries))
+            logits = logits + (logit,)
+    return logits
+
+
+@triton.jit
+def _add_tile(b_read, top, mass, rows, logits, l: tl.constexpr, TILE: tl.constexpr):
+    """Query l's online softmax over one more tile."""
+    new_top = top
+    for j in tl.static_range(TILE):
+        new_top = tl.maximum(new_top, logits[l * TILE + j])
+    kept = tl.exp(top - new_top)
+    mass = mass * kept
+    b_read = b_read * kept
+    for j in tl.static_range(TILE):
+        p = tl.exp(logits[l * TILE + j] - new_top)
+        mass += p
+        b_read += p * rows[j].to(tl.float32)
+    return b_read, new_top, mass
+
+
+@triton.jit
+def _store_read(
+    p_outs, p_lse, p_weight, p_norm_rstd, group, l: tl.constexpr, b_read, top, mass, token, num_queries, num_tokens,
+    scale, norm_eps, o_d, o_row, m_d,
+    D: tl.constexpr, OUTS: tl.constexpr, GROUP: tl.constexpr, MIX: tl.constexpr, NORM: tl.constexpr,
+    AFFINE: tl.constexpr, p_like,
+):  # fmt: skip
+    query = group * GROUP + l
+    if query < num_queries:
+        tl.store(p_lse + query.to(tl.int64) * num_tokens + token, top + tl.log(mass))
+        if l == 0:  # noqa: SIM102 (known when the kernel is compiled)
+            if query == 0:
+                norm_rstd = 1.0
+                if NORM:
+                    b_x = b_read * (scale / mass)
+                    norm_rstd = tl.rsqrt(tl.sum(b_x * b_x, 0) / D + norm_eps)
+                    b_x = b_x * norm_rstd
+                    if AFFINE:
+                        b_x = b_x * tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32)
+                    p_out = row_pointer(p_outs, 0, 0, OUTS, GROUP if MIX else 1, p_like)
+                    tl.store(p_out + o_row, b_x.to(p_like.dtype.element_ty), mask=m_d)
+                tl.store(p_norm_rstd, norm_rstd)
+        if MIX:  # noqa: SIM102
+            if (not (NORM and l == 0)) or query > 0:
+                p_out = row_pointer(p_outs, group, l, OUTS, GROUP, p_like)
+                tl.store(p_out + o_row, (b_read / mass).to(p_like.dtype.element_ty), mask=m_d)
+
+
 @triton.jit(do_not_specialize=["n", "num_queries", "num_tokens", "groups_per_program"])
 def inter_block_forward(
     p_sources,
     p_outs,
     p_q,
+    p_weight,
     p_logits,
-    p_weights,
     p_rstd,
     p_lse,
     n,
     num_queries,
     num_tokens,
     groups_per_program,
+    scale,
     eps,
+    norm_eps,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
     COUNT: tl.constexpr,
     TILE: tl.constexpr,
     OUTS: tl.constexpr,
     GROUP: tl.constexpr,
-    SOURCES: tl.constexpr,
-    QUERIES: tl.constexpr,
     MIX: tl.constexpr,
+    NORM: tl.constexpr,
+    AFFINE: tl.constexpr,
     p_like,
 ):
-    """p_q: [S, D] fp32; p_logits, p_weights: [T, n, S]; p_rstd: [T, n]; p_lse: [S, T]. SOURCES, QUERIES: powers of two
-    that hold n and the queries of one program. MIX false (n = 1): o_l is the source itself and not written."""
+    """p_q: [S, D] fp32; p_logits: [T, n, S]; p_rstd: [T, n + 1], the last of the first read's norm; p_lse: [S, T].
+    MIX false (n = 1): o_l is the source itself and not written, but for the first with its norm."""
     token = tl.program_id(0).to(tl.int64)
     first_group = tl.program_id(1) * groups_per_program
     last_group = tl.minimum(first_group + groups_per_program, tl.cdiv(num_queries, GROUP))
-    o_chunk = tl.arange(0, BLOCK)
-    p_scalars = token * n * num_queries
+    o_d = tl.arange(0, BLOCK)
+    m_d = o_d < D
+    o_row = token * D + o_d
+    p_logits += token * n * num_queries
+    p_rstd += token * (n + 1)
+    b_zeros = tl.zeros([BLOCK], tl.float32)
 
-    for tile in tl.range(0, num_tiles(n, COUNT, TILE)):
+    if COUNT == TILE:
+        rows = load_rows(p_sources, 0, o_row, m_d, COUNT, TILE, p_like)
         for group in tl.range(first_group, last_group):
-            b_dots = _zeros(LANES, TILE * GROUP)
-            b_squares = _zeros(LANES, TILE)
-            for start in tl.range(0, D, BLOCK):
-                o_d = start + o_chunk
-                m_d = o_d < D
-                rows = load_rows(p_sources, tile, token * D + o_d, m_d, COUNT, TILE, p_like)
-                dots = ()
-                squares = ()
-                for j in tl.static_range(TILE):
-                    squares = squares + (_per_lane(rows[j] * rows[j], LANES),)
-                for l in tl.static_range(GROUP):
-                    b_q = _load_query(p_q, group * GROUP + l, num_queries, o_d, m_d, D)
-                    for j in tl.static_range(TILE):
-                        dots = dots + (_per_lane(rows[j] * b_q, LANES),)
-                b_dots += join(dots, TILE * GROUP)
-                b_squares += join(squares, TILE)
-            dots = joined_sums(b_dots, TILE * GROUP)
-            squares = joined_sums(b_squares, TILE)
-            for j in tl.static_range(TILE):
-                source = tile * TILE + j
-                if source < n:
-                    rstd = tl.rsqrt(squares[j] / D + eps)
-                    tl.store(p_rstd + token * n + source, rstd)
-                    for l in tl.static_range(GROUP):
-                        query = group * GROUP + l
-                        p_logit = p_logits + p_scalars + source * num_queries + query
-                        tl.store(p_logit, dots[l * TILE + j] * rstd, mask=query < num_queries)
-    tl.debug_barrier()
-
-    o_i = tl.arange(0, SOURCES)
-    o_l = first_group * GROUP + tl.arange(0, QUERIES)
-    m_l = (o_l < num_queries) & (o_l < last_group * GROUP)
-    o_scalars = p_scalars + o_i[:, None] * num_queries + o_l[None, :]
-    m_scalars = (o_i < n)[:, None] & m_l[None, :]
-    b_z = tl.load(p_logits + o_scalars, mask=m_scalars, other=-float("inf"))
-    b_top = tl.where(m_l, tl.max(b_z, 0), 0.0)
-    b_p = tl.exp(b_z - b_top[None, :])
-    b_mass = tl.where(m_l, tl.sum(b_p, 0), 1.0)
-    tl.store(p_lse + o_l.to(tl.int64) * num_tokens + token, b_top + tl.log(b_mass), mask=m_l)
-    if MIX:
-        tl.store(p_weights + o_scalars, b_p / b_mass[None, :], mask=m_scalars)
-        tl.debug_barrier()
-
+            logits = _logits_of_tile(
+                p_logits, p_rstd, p_q, 0, group, rows, n, num_queries, eps, o_d, m_d, D, LANES, VECTOR, TILE, GROUP
+            )
+            for l in tl.static_range(GROUP):
+                b_read, top, mass = _add_tile(b_zeros, -float("inf"), 0.0, rows, logits, l, TILE)
+                _store_read(
+                    p_outs, p_lse, p_weight, p_rstd + n, group, l, b_read, top, mass, token, num_queries, num_tokens,
+                    scale, norm_eps, o_d, o_row, m_d, D, OUTS, GROUP, MIX, NORM, AFFINE, p_like,
+                )  # fmt: skip
+    else:
         for group in tl.range(first_group, last_group):
-            for start in tl.range(0, D, BLOCK):
-                o_d = start + o_chunk
-                m_d = o_d < D
-                reads = ()
-                for _ in tl.static_range(GROUP):
-                    reads = reads + (tl.zeros([BLOCK], tl.float32),)
-                for tile in tl.range(0, num_tiles(n, COUNT, TILE)):
-                    rows = load_rows(p_sources, tile, token * D + o_d, m_d, COUNT, TILE, p_like)
-                    for j in tl.static_range(TILE):
-                        source = tile * TILE + j
-                        sums = ()
-                        for l in tl.static_range(GROUP):
-                            query = group * GROUP + l
-                            p_weight = p_weights + p_scalars + source * num_queries + query
-                            weight = tl.load(p_weight, mask=(source < n) & (query < num_queries), other=0.0)
-                            sums = sums + (reads[l] + weight * rows[j],)
-                        reads = sums
+            reads = (b_zeros,) * GROUP
+            tops = ()
+            masses = ()
+            for _ in tl.static_range(GROUP):
+                tops = tops + (-float("inf"),)
+                masses = masses + (0.0,)
+            for tile in tl.range(0, num_tiles(n, COUNT, TILE)):
+                rows = load_rows(p_sources, tile, o_row, m_d, COUNT, TILE, p_like)
+                logits = _logits_of_tile(
+                    p_logits, p_rstd, p_q, tile, group, rows, n, num_queries, eps, o_d, m_d,
+                    D, LANES, VECTOR, TILE, GROUP,
+                )  # fmt: skip
+                new_reads = ()
+                new_tops = ()
+                new_masses = ()
                 for l in tl.static_range(GROUP):
-                    if group * GROUP + l < num_queries:
-                        p_out = row_pointer(p_outs, group, l, OUTS, GROUP, p_like)
-                        tl.store(p_out + token * D + o_d, reads[l].to(p_like.dtype.element_ty), mask=m_d)
+                    b_read, top, mass = _add_tile(reads[l], tops[l], masses[l], rows, logits, l, TILE)
+                    new_reads = new_reads + (b_read,)
+                    new_tops = new_tops + (top,)
+                    new_masses = new_masses + (mass,)
+                reads = new_reads
+                tops = new_tops
+                masses = new_masses
+            for l in tl.static_range(GROUP):
+                _store_read(
+                    p_outs, p_lse, p_weight, p_rstd + n, group, l, reads[l], tops[l], masses[l], token, num_queries,
+                    num_tokens, scale, norm_eps, o_d, o_row, m_d, D, OUTS, GROUP, MIX, NORM, AFFINE, p_like,
+                )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["n", "num_queries", "num_tokens"])
+@triton.jit
+def _weights_of(p_logits, tile, query: tl.constexpr, n, num_queries, lse, TILE: tl.constexpr):
+    """Weights of a tile's sources, zero past the n-th."""
+    weights = ()
+    for j in tl.static_range(TILE):
+        source = tile * TILE + j
+        logit = tl.load(p_logits + source * num_queries + query, mask=source < n, other=-float("inf"))
+        weights = weights + (tl.exp(logit - lse),)
+    return weights
+
+
+@triton.jit
+def _tile_gradients(
+    p_later,
+    p_dsources,
+    p_logits,
+    p_rstd,
+    p_along_query,
+    p_q,
+    tile,
+    n,
+    o_d,
+    o_row,
+    m_d,
+    rows,
+    douts,
+    along_rows,
+    deltas,
+    lses,
+    dqs,
+    D: tl.constexpr,
+    COUNT: tl.constexpr,
+    TILE: tl.constexpr,
+    QUERIES: tl.constexpr,
+    CHAINED: tl.constexpr,
+    DQ: tl.constexpr,
+    p_like,
+):
+    """Writes the gradients of a tile's sources; returns dqs with the tile's part added, or stores c.
+
+    along_rows: <do_l, v_j> at l * TILE + j; deltas: sum_j p_jl <do_l, v_j> - dlse_l."""
+    gradients = ()
+    along = ()
+    for j in tl.static_range(TILE):
+        gradients = gradients + (tl.zeros_like(rows[j]).to(tl.float32),)
+        along = along + (0.0,)
+    new_dqs = ()
+    for l in tl.static_range(QUERIES):
+        b_q = tl.load(p_q + l * D + o_d, mask=m_d, other=0.0)
+        b_dout = douts[l].to(tl.float32)
+        if DQ:
+            b_dq = dqs[l]
+        new_gradients = ()
+        new_along = ()
+        for j in tl.static_range(TILE):
+            source = tile * TILE + j
+            logit = tl.load(p_logits + source * QUERIES + l, mask=source < n, other=-float("inf"))
+            rstd = tl.load(p_rstd + source, mask=source < n, other=0.0)
+            p = tl.exp(logit - lses[l])
+            dz = p * (along_rows[l * TILE + j] - deltas[l])
+            along_query = dz * rstd
+            if DQ:
+                b_dq += along_query * rows[j].to(tl.float32)
+            else:
+                tl.store(p_along_query + source * QUERIES + l, along_query, mask=source < n)
+            new_gradients = new_gradients + (gradients[j] + p * b_dout + along_query * b_q,)
+            new_along = new_along + (along[j] + tl.where(source < n, along_query * logit * rstd, 0.0),)
+        gradients = new_gradients
+        along = new_along
+        if DQ:
+            new_dqs = new_dqs + (b_dq,)
+    for j in tl.static_range(TILE):
+        if COUNT == TILE or tile * TILE + j < n:
+            b_dv = gradients[j] - (along[j] / D) * rows[j].to(tl.float32)
+            store_gradient(b_dv, p_later, p_dsources, tile, j, o_row, m_d, COUNT, TILE, CHAINED, p_like)
+    return new_dqs
+
+
+@triton.jit(do_not_specialize=["n", "num_tokens"])
 def inter_block_backward(
     p_sources,
     p_later,
     p_dsources,
     p_douts,
     p_q,
+    p_weight,
     p_logits,
     p_rstd,
     p_lse,
     p_dlse,
-    p_weights,
     p_along_query,
-    p_along_row,
+    p_partial,
     n,
-    num_queries,
     num_tokens,
+    scale,
+    norm_eps,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
     COUNT: tl.constexpr,
     TILE: tl.constexpr,
     OUTS: tl.constexpr,
-    GROUP: tl.constexpr,
-    SOURCES: tl.constexpr,
     QUERIES: tl.constexpr,
+    NORM: tl.constexpr,
+    AFFINE: tl.constexpr,
     CHAINED: tl.constexpr,
+    DQ: tl.constexpr,
+    STAGES: tl.constexpr,
     p_like,
 ):
-    """p_along_query: [T, n, S], the c_il that `query_gradient` needs. p_weights [T, n, S] and p_along_row [T, n] only
-    carry p_il and e_i between the steps."""
-    token = tl.program_id(0).to(tl.int64)
-    num_groups = tl.cdiv(num_queries, GROUP)
-    o_chunk = tl.arange(0, BLOCK)
-    p_scalars = token * n * num_queries
+    """p_partial: [programs, DQ * S + AFFINE, D], this program's sums of dq and of the norm weight's gradient; without
+    DQ p_along_query, [T, n, S], takes c for `query_partials`."""
+    o_d = tl.arange(0, BLOCK)
+    m_d = o_d < D
+    dqs = ()
+    if DQ:
+        dqs = (tl.zeros([BLOCK], tl.float32),) * QUERIES
+    b_dweight = tl.zeros([BLOCK], tl.float32)
 
-    for tile in tl.range(0, num_tiles(n, COUNT, TILE)):
-        for group in tl.range(0, num_groups):
-            b_dots = _zeros(LANES, TILE * GROUP)
-            for start in tl.range(0, D, BLOCK):
-                o_d = start + o_chunk
-                m_d = o_d < D
-                rows = load_rows(p_sources, tile, token * D + o_d, m_d, COUNT, TILE, p_like)
-                douts = load_rows(p_douts, group, token * D + o_d, m_d, OUTS, GROUP, p_like)
-                dots = ()
-                for l in tl.static_range(GROUP):
-                    for j in tl.static_range(TILE):
-                        dots = dots + (_per_lane(rows[j] * douts[l], LANES),)
-                b_dots += join(dots, TILE * GROUP)
-            dots = joined_sums(b_dots, TILE * GROUP)
-            for j in tl.static_range(TILE):
-                source = tile * TILE + j
-                for l in tl.static_range(GROUP):
-                    query = group * GROUP + l
-                    p_dot = p_along_query + p_scalars + source * num_queries + query
-                    tl.store(p_dot, dots[l * TILE + j], mask=(source < n) & (query < num_queries))
-    tl.debug_barrier()
-
-    o_i = tl.arange(0, SOURCES)
-    o_l = tl.arange(0, QUERIES)
-    m_i = o_i < n
-    m_l = o_l < num_queries
-    o_scalars = p_scalars + o_i[:, None] * num_queries + o_l[None, :]
-    m_scalars = m_i[:, None] & m_l[None, :]
-    o_token = o_l.to(tl.int64) * num_tokens + token
-    b_z = tl.load(p_logits + o_scalars, mask=m_scalars, other=0.0)
-    b_p = tl.exp(b_z - tl.load(p_lse + o_token, mask=m_l, other=0.0)[None, :])
-    b_p = tl.where(m_scalars, b_p, 0.0)
-    b_dots = tl.load(p_along_query + o_scalars, mask=m_scalars, other=0.0)
-    tl.debug_barrier()  # all warps have loaded what is overwritten below
-    b_dlse = tl.load(p_dlse + o_token, mask=m_l, other=0.0)
-    b_rstd = tl.load(p_rstd + token * n + o_i, mask=m_i, other=0.0)
-    b_dz = b_p * (b_dots + (b_dlse - tl.sum(b_p * b_dots, 0))[None, :])
-    tl.store(p_weights + o_scalars, b_p, mask=m_scalars)
-    tl.store(p_along_query + o_scalars, b_dz * b_rstd[:, None], mask=m_scalars)
-    tl.store(p_along_row + token * n + o_i, tl.sum(b_dz * b_z, 1) * b_rstd * b_rstd / D, mask=m_i)
-    tl.debug_barrier()
-
-    for start in tl.range(0, D, BLOCK):
-        o_d = start + o_chunk
-        m_d = o_d < D
+    for token in tl.range(tl.program_id(0).to(tl.int64), num_tokens, tl.num_programs(0), num_stages=STAGES):
         o_row = token * D + o_d
-        for tile in tl.range(0, num_tiles(n, COUNT, TILE)):
-            rows = load_rows(p_sources, tile, o_row, m_d, COUNT, TILE, p_like)
-            gradients = ()
-            for j in tl.static_range(TILE):
-                source = tile * TILE + j
-                along_row = tl.load(p_along_row + token * n + source, mask=source < n, other=0.0)
-                gradients = gradients + (rows[j] * -along_row,)
-            for group in tl.range(0, num_groups):
-                douts = load_rows(p_douts, group, o_row, m_d, OUTS, GROUP, p_like)
-                for l in tl.static_range(GROUP):
-                    query = group * GROUP + l
-                    b_q = _load_query(p_q, query, num_queries, o_d, m_d, D)
-                    sums = ()
+        p_z = p_logits + token * n * QUERIES
+        p_r = p_rstd + token * (n + 1)
+        p_c = p_along_query
+        if not DQ:
+            p_c += token * n * QUERIES
+        douts = load_rows(p_douts, 0, o_row, m_d, OUTS, QUERIES, p_like)
+        lses = ()
+        dlses = ()
+        for l in tl.static_range(QUERIES):
+            o_scalar = token + l * num_tokens
+            lses = lses + (tl.load(p_lse + o_scalar),)
+            dlses = dlses + (tl.load(p_dlse + o_scalar),)
+        t = 1.0
+        k = 0.0
+        if NORM:
+            norm_rstd = tl.load(p_r + n)
+            t = scale * norm_rstd
+            b_dx = douts[0].to(tl.float32)
+            b_y = b_dx
+            if AFFINE:
+                b_y = b_dx * tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32)
+            b_first = tl.zeros([BLOCK], tl.float32)
+
+        if COUNT == TILE:
+            rows = load_rows(p_sources, 0, o_row, m_d, COUNT, TILE, p_like)
+            parts = ()
+            if NORM:
+                weights = _weights_of(p_z, 0, 0, n, QUERIES, lses[0], TILE)
+                for j in tl.static_range(TILE):
+                    b_first += weights[j] * rows[j].to(tl.float32)
+                parts = dots(rows, b_y, TILE, LANES, VECTOR)
+            else:
+                parts = dots(rows, douts[0].to(tl.float32), TILE, LANES, VECTOR)
+            for l in tl.static_range(1, QUERIES):
+                parts = parts + dots(rows, douts[l].to(tl.float32), TILE, LANES, VECTOR)
+            if NORM:
+                parts = parts + dots(rows, b_first, TILE, LANES, VECTOR)
+            along_rows = sums(parts, TILE * (QUERIES + NORM))
+            if NORM:
+                along = 0.0
+                for j in tl.static_range(TILE):
+                    along += weights[j] * along_rows[j]
+                k = t * t * along / D
+                firsts = ()
+                for j in tl.static_range(TILE):
+                    firsts = firsts + (t * (along_rows[j] - k * along_rows[TILE * QUERIES + j]),)
+                along_rows = firsts + along_rows[TILE : TILE * QUERIES]
+            deltas = ()
+            for l in tl.static_range(QUERIES):
+                delta = -dlses[l]
+                weights = _weights_of(p_z, 0, l, n, QUERIES, lses[l], TILE)
+                for j in tl.static_range(TILE):
+                    delta += weights[j] * along_rows[l * TILE + j]
+                deltas = deltas + (delta,)
+            if NORM:
+                douts = (t * (b_y - k * b_first),) + douts[1:]
+            dqs = _tile_gradients(
+                p_later, p_dsources, p_z, p_r, p_c, p_q, 0, n, o_d, o_row, m_d, rows, douts, along_rows, deltas, lses,
+                dqs, D, COUNT, TILE, QUERIES, CHAINED, DQ, p_like,
+            )  # fmt: skip
+        else:
+            deltas = ()
+            for l in tl.static_range(QUERIES):
+                deltas = deltas + (-dlses[l],)
+            for tile in tl.range(0, num_tiles(n, COUNT, TILE)):
+                rows = load_rows(p_sources, tile, o_row, m_d, COUNT, TILE, p_like)
+                parts = ()
+                for l in tl.static_range(QUERIES):
+                    parts = parts + dots(rows, douts[l].to(tl.float32), TILE, LANES, VECTOR)
+                along_rows = sums(parts, TILE * QUERIES)
+                new_deltas = ()
+                for l in tl.static_range(QUERIES):
+                    delta = deltas[l]
+                    weights = _weights_of(p_z, tile, l, n, QUERIES, lses[l], TILE)
                     for j in tl.static_range(TILE):
-                        source = tile * TILE + j
-                        o_scalar = p_scalars + source * num_queries + query
-                        inside = (source < n) & (query < num_queries)
-                        weight = tl.load(p_weights + o_scalar, mask=inside, other=0.0)
-                        along_query = tl.load(p_along_query + o_scalar, mask=inside, other=0.0)
-                        sums = sums + (gradients[j] + weight * douts[l] + along_query * b_q,)
-                    gradients = sums
-            for j in tl.static_range(TILE):
-                if j == 0 or tile * TILE + j < n:  # a tile has at least one source
-                    store_gradient(gradients[j], p_later, p_dsources, tile, j, o_row, m_d, COUNT, TILE, CHAINED, p_like)
+                        delta += weights[j] * along_rows[l * TILE + j]
+                        if NORM and l == 0:
+                            b_first += weights[j] * rows[j].to(tl.float32)
+                    new_deltas = new_deltas + (delta,)
+                deltas = new_deltas
+            if NORM:
+                along = tl.sum(b_y * b_first, 0)
+                k = t * t * along / D
+                # <do_0, o_0>: the norm took from do_0 what lies along o_0, up to norm_eps
+                deltas = (t * along * (norm_eps * norm_rstd * norm_rstd) - dlses[0],) + deltas[1:]
+                douts = (t * (b_y - k * b_first),) + douts[1:]
+            for tile in tl.range(0, num_tiles(n, COUNT, TILE)):
+                rows = load_rows(p_sources, tile, o_row, m_d, COUNT, TILE, p_like)
+                parts = ()
+                for l in tl.static_range(QUERIES):
+                    parts = parts + dots(rows, douts[l].to(tl.float32), TILE, LANES, VECTOR)
+                along_rows = sums(parts, TILE * QUERIES)
+                dqs = _tile_gradients(
+                    p_later, p_dsources, p_z, p_r, p_c, p_q, tile, n, o_d, o_row, m_d, rows, douts, along_rows, deltas,
+                    lses, dqs, D, COUNT, TILE, QUERIES, CHAINED, DQ, p_like,
+                )  # fmt: skip
+        if AFFINE:
+            b_dweight += b_dx * (t * b_first)
+
+    if DQ:
+        p_row = p_partial + tl.program_id(0) * (QUERIES + AFFINE) * D + o_d
+        for l in tl.static_range(QUERIES):
+            tl.store(p_row + l * D, dqs[l], mask=m_d)
+        if AFFINE:
+            tl.store(p_row + QUERIES * D, b_dweight, mask=m_d)
+    elif AFFINE:
+        tl.store(p_partial + tl.program_id(0) * D + o_d, b_dweight, mask=m_d)
 
 
-def _fold(queries: Tensor, key_norms: Tensor) -> Tensor:
-    return (queries.float() * key_norms.float()).contiguous()
+def rows_fit(source: Tensor, num_queries: int) -> bool:
+    """Whether the kernels here take so many queries, and backward's programs can hold a row of each."""
+    config = row_config("inter_block_backward", source, FEW_TOKENS + 1)
+    return num_queries <= MAX_QUERIES and num_queries * config.BLOCK <= MAX_ROWS * 32 * config.num_warps
 
 
-@torch.library.custom_op("attnres::inter_block", mutates_args=())
 def inter_block(
-    queries: Tensor, key_norms: Tensor, sources: list[Tensor], eps: float, mix: bool
+    queries: Tensor,
+    key_norms: Tensor,
+    sources: list[Tensor],
+    weight: Tensor | None,
+    eps: float,
+    norm_eps: float | None,
+    scale: float,
+    mix: bool,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    """(S reads [..., D], lse [S, ...], logits [..., n, S], rstd [..., n]). mix False: no reads, the source is them."""
+    """(S reads [..., D], lse [S, ...], logits [..., n, S], rstd [..., n + 1]). norm_eps: a norm follows the first read,
+    which is returned with its scale and norm. mix False, for one source: of the reads, which are the source, only the
+    one with a norm is returned."""
     sources = [dense(source) for source in sources]
-    outs, lse, logits, rstd = _inter_block_outputs(queries, sources, mix)
-    n, num_queries, width = len(sources), *queries.shape
-    num_tokens = rstd.numel() // n
+    outs, lse, logits, rstd = _inter_block_outputs(queries, sources, norm_eps, mix)
+    n, num_queries = len(sources), queries.shape[0]
+    num_tokens = rstd.numel() // (n + 1)
     if num_tokens == 0:
         return outs, lse, logits, rstd
-    config = chunk_config(width, n, num_queries, num_tokens, 32, sources[0].dtype)
-    num_groups = triton.cdiv(num_queries, config.GROUP)
-    groups_per_program = 1 if few_tokens(num_tokens) else num_groups
+    q = fold(queries, key_norms)
+    if not rows_fit(sources[0], num_queries):
+        assert norm_eps is None, "the first read comes with its norm only from the kernel here"
+        wide_reads(q, sources, eps, outs, lse, logits, rstd)
+        return outs, lse, logits, rstd
+    config = row_config("inter_block_forward", sources[0], num_tokens, n)
+    few = few_tokens(num_tokens)
+    group = even_share(num_queries, 2) if few else num_queries
+    num_groups = triton.cdiv(num_queries, group)
+    groups_per_program = 1 if few else num_groups
     p_sources = rows(sources, config.TILE)
-    p_outs = rows(outs or sources[:1], config.GROUP)
+    p_outs = rows(outs or sources[:1], group if mix else 1)
     launch(
         inter_block_forward,
         (num_tokens, triton.cdiv(num_groups, groups_per_program)),
         p_sources.pointers,
         p_outs.pointers,
-        _fold(queries, key_norms),
+        q,
+        None if weight is None else dense(weight),
         logits,
-        torch.empty_like(logits) if mix else None,
         rstd,
         lse,
         n,
         num_queries,
         num_tokens,
         groups_per_program,
+        scale,
         eps,
-        D=width,
+        norm_eps or 0.0,
+        D=sources[0].shape[-1],
         BLOCK=config.BLOCK,
         LANES=config.LANES,
+        VECTOR=config.VECTOR,
         COUNT=p_sources.COUNT,
         TILE=config.TILE,
         OUTS=p_outs.COUNT,
-        GROUP=config.GROUP,
-        SOURCES=triton.next_power_of_2(n),
-        QUERIES=triton.next_power_of_2(groups_per_program * config.GROUP),
+        GROUP=group,
         MIX=mix,
+        NORM=norm_eps is not None,
+        AFFINE=weight is not None,
         p_like=sources[0],
         num_warps=config.num_warps,
-        maxnreg=config.maxnreg,
         device=sources[0].device,
     )
     return outs, lse, logits, rstd
 
 
-@inter_block.register_fake
-def _(queries, key_norms, sources, eps, mix):  # type: ignore[no-untyped-def]
-    return _inter_block_outputs(queries, sources, mix)
-
-
 def _inter_block_outputs(
-    queries: Tensor, sources: list[Tensor], mix: bool
+    queries: Tensor, sources: list[Tensor], norm_eps: float | None, mix: bool
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     n, num_queries, first = len(sources), queries.shape[0], sources[0]
     leading = first.shape[:-1]
-    outs = [first.new_empty(first.shape) for _ in range(num_queries if mix else 0)]
+    outs = [first.new_empty(first.shape) for _ in range(num_queries if mix else norm_eps is not None)]
     lse = first.new_empty((num_queries, *leading), dtype=torch.float32)
-    return outs, lse, lse.new_empty((*leading, n, num_queries)), lse.new_empty((*leading, n))
+    return outs, lse, lse.new_empty((*leading, n, num_queries)), lse.new_empty((*leading, n + 1))
 
 
-@torch.library.custom_op("attnres::inter_block_backward", mutates_args=())
+inter_block_op = torch.library.custom_op("attnres::inter_block", inter_block, mutates_args=())
+
+
+@inter_block_op.register_fake
+def _(queries, key_norms, sources, weight, eps, norm_eps, scale, mix):  # type: ignore[no-untyped-def]
+    return _inter_block_outputs(queries, sources, norm_eps, mix)
+
+
 def inter_block_gradients(
     queries: Tensor,
     key_norms: Tensor,
     sources: list[Tensor],
+    weight: Tensor | None,
     lse: Tensor,
     logits: Tensor,
     rstd: Tensor,
     douts: list[Tensor],
     dlse: Tensor,
     later: list[Tensor],
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """(dqueries, dkey_norms, dsources). later: what is added to dsources, or nothing."""
+    norm_eps: float | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
+    """(dqueries, dkey_norms, dsources, dweight or empty). later: what is added to dsources, or nothing."""
     sources, later, douts = ([dense(t) for t in tensors] for tensors in (sources, later, douts))
-    queries, key_norms = dense(queries), dense(key_norms)
+    queries, key_norms, weight = dense(queries), dense(key_norms), None if weight is None else dense(weight)
     dsources = [torch.empty_like(source) for source in sources]
     n, num_queries, width = len(sources), *queries.shape
-    num_tokens = rstd.numel() // n
+    num_tokens = rstd.numel() // (n + 1)
     if num_tokens == 0:
-        return torch.zeros_like(queries), torch.zeros_like(key_norms), dsources
-    config = chunk_config(width, n, num_queries, num_tokens, 16, sources[0].dtype)
-    p_sources = rows(sources, config.TILE)
-    p_douts = rows(douts, config.GROUP)
-    along_query = torch.empty_like(logits)
-    launch(
-        inter_block_backward,
-        (num_tokens,),
-        p_sources.pointers,
-        rows(later, config.TILE).pointers if later else None,
-        rows(dsources, config.TILE).pointers,
-        p_douts.pointers,
-        _fold(queries, key_norms),
-        logits,
-        rstd,
-        lse,
-        dense(dlse),
-        torch.empty_like(logits),
-        along_query,
-        torch.empty_like(rstd),
-        n,
-        num_queries,
-        num_tokens,
-        D=width,
-        BLOCK=config.BLOCK,
-        LANES=config.LANES,
-        COUNT=p_sources.COUNT,
-        TILE=config.TILE,
-        OUTS=p_douts.COUNT,
-        GROUP=config.GROUP,
-        SOURCES=triton.next_power_of_2(n),
-        QUERIES=triton.next_power_of_2(num_queries),
-        CHAINED=len(later) > 0,
-        p_like=sources[0],
-        num_warps=config.num_warps,
-        maxnreg=config.maxnreg,
-        device=sources[0].device,
-    )
-    partial = query_partials(sources, along_query, num_queries)
-    dqueries, dkey_norms, _ = sum_partials(partial, queries, key_norms, None)
-    return dqueries, dkey_norms, dsources
+        return torch.zeros_like(queries), torch.zeros_like(key_norms), dsources, _empty_like(queries, weight).zero_()
+    q = fold(queries, key_norms)
+    along_query = None
+    if not rows_fit(sources[0], num_queries):
+        assert norm_eps is None, "the first read comes with its norm only from the kernel here"
+        along_query = wide_coefficients(q, sources, lse, logits, rstd, douts, dense(dlse), later, dsources)
+        partial = lse.new_empty((0, 0, width))
+    else:
+        config = row_config("inter_block_backward", sources[0], num_tokens, n)
+        sum_here = num_queries * config.BLOCK <= MAX_ROW_SUMS * 32 * config.num_warps
+        if not sum_here:
+            along_query = torch.empty_like(logits)
+        partial = lse.new_empty((config.programs, sum_here * num_queries + (weight is not None), width))
+        p_sources, p_douts = rows(sources, config.TILE), rows(douts, num_queries)
+        launch(
+            inter_block_backward,
+            (config.programs,),
+            p_sources.pointers,
+            rows(later, config.TILE).pointers if later else None,
+            rows(dsources, config.TILE).pointers,
+            p_douts.pointers,
+            q,
+            weight,
+            logits,
+            rstd,
+            lse,
+            dense(dlse),
+            along_query,
+            partial,
+            n,
+            num_tokens,
+            scale,
+            norm_eps or 0.0,
+            D=width,
+            BLOCK=config.BLOCK,
+            LANES=config.LANES,
+            VECTOR=config.VECTOR,
+            COUNT=p_sources.COUNT,
+            TILE=config.TILE,
+            OUTS=p_douts.COUNT,
+            QUERIES=num_queries,
+            NORM=norm_eps is not None,
+            AFFINE=weight is not None,
+            CHAINED=len(later) > 0,
+            DQ=sum_here,
+            STAGES=config.STAGES,
+            p_like=sources[0],
+            num_warps=config.num_warps,
+            device=sources[0].device,
+        )
+    if along_query is None:
+        dqueries, dkey_norms, dweight = sum_partials(partial, queries, key_norms, weight)
+    else:
+        dweight = _empty_like(queries, None) if weight is None else sum_partials(partial, None, None, weight)[2]
+        of_queries = query_partials(sources, along_query, num_queries)
+        dqueries, dkey_norms, _ = sum_partials(of_queries, queries, key_norms, None)
+    return dqueries, dkey_norms, dsources, dweight
 
 
-@inter_block_gradients.register_fake
-def _(queries, key_norms, sources, lse, logits, rstd, douts, dlse, later):  # type: ignore[no-untyped-def]
+inter_block_gradients_op = torch.library.custom_op(
+    "attnres::inter_block_backward", inter_block_gradients, mutates_args=()
+)
+
+
+@inter_block_gradients_op.register_fake
+def _(queries, key_norms, sources, weight, lse, logits, rstd, douts, dlse, later, norm_eps, scale):  # type: ignore[no-untyped-def]
     return (
         queries.new_empty(queries.shape),
         key_norms.new_empty(key_norms.shape),
         [source.new_empty(source.shape) for source in sources],
+        _empty_like(queries, weight),
     )
+
+
+def _empty_like(queries: Tensor, weight: Tensor | None) -> Tensor:
+    return queries.new_empty(0, dtype=torch.float32) if weight is None else weight.new_empty(weight.shape)

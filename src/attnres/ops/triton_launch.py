@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 
 from .triton_rows import pack_addresses
+from .triton_table import FEW_TOKENS, line
 
 MAX_WIDTH = 8192
 MAX_SOURCES = 256
@@ -22,9 +23,6 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 INTERPRETED = not isinstance(pack_addresses, triton.runtime.jit.JITFunction)
 """Whether TRITON_INTERPRET=1 was set at import: kernels then run on CPU tensors, slowly."""
-
-FEW_TOKENS = 128
-"""Up to here, as in decoding, phase 1 gives each pair of queries a program of its own and does not loop over groups."""
 
 _MAX_ARGUMENTS = 16
 _PACK = 32
@@ -51,19 +49,30 @@ def launch(
 
 
 class RowConfig(NamedTuple):
-    """A program that holds whole rows in registers: the width padded to a power of two, warps, and how many programs
-    share a device when each loops over tokens."""
+    """A program that holds whole rows in registers: the width padded to a power of two, threads that share a row and
+    how many neighbours each loads at once, sources in registers at once, warps, how many programs share a device when
+    each loops over tokens, and stages of that loop."""
 
     BLOCK: int
+    LANES: int
+    VECTOR: int
+    TILE: int
     num_warps: int
     programs: int
+    STAGES: int
 
 
-def row_config(width: int, per_thread: int, num_tokens: int, device: torch.device) -> RowConfig:
-    """per_thread: elements of a row that one thread holds, if 16 warps suffice."""
+def row_config(kernel: str, like: Tensor, num_tokens: int, n: int = 1) -> RowConfig:
+    """like: a tensor of rows; n: sources, which are taken in equal tiles."""
+    width, vector = like.shape[-1], 16 // like.element_size()
     block = max(32, triton.next_power_of_2(width))
-    warps = min(16, max(1, block // (32 * per_thread)))
-    return RowConfig(block, warps, max(1, min(num_tokens, multiprocessors(device) * max(1, 12 // warps))))
+    warps, most, programs, stages = line(kernel, block)
+    if few_tokens(num_tokens):  # more threads a row where rows cannot fill the device
+        warps = max(warps, block // 512)
+    warps = min(warps, max(1, block // 64))
+    programs = max(1, min(num_tokens, multiprocessors(like.device) * programs))
+    lanes = min(32 * warps, block // vector)
+    return RowConfig(block, lanes, vector, n if n <= most else even_share(n, min(most, 4)), warps, programs, stages)
 
 
 class ChunkConfig(NamedTuple):
@@ -78,21 +87,18 @@ class ChunkConfig(NamedTuple):
     GROUP: int
 
 
-def chunk_config(
-    width: int, n: int, num_queries: int, num_tokens: int, products: int, dtype: torch.dtype
-) -> ChunkConfig:
-    """products: how many (source, query) pairs may be in registers at once."""
+def chunk_config(like: Tensor, n: int, num_queries: int, num_tokens: int, *, backward: bool) -> ChunkConfig:
+    """like: a tensor of rows. Measured on an H100 at D = 2048 and 7168."""
+    width = like.shape[-1]
     if few_tokens(num_tokens):  # they cannot fill a device: many threads and few queries a program
         warps = min(16, max(1, triton.next_power_of_2(width) // 256))
         group = even_share(num_queries, 2)
     else:
-        warps = 1 if width <= 1024 else 2 if width <= 2048 else 4 if width <= 4096 else 8
-        group = even_share(num_queries, products // 4)
+        warps = 1 if width <= 1024 else (4 if backward else 2) if width <= 4096 else (8 if backward else 4)
+        group = even_share(num_queries, 4)
     lanes = 32 * warps
-    # 168 leaves three warps a scheduler; left alone, ptxas spills a little to fit more
-    registers = min(168, 65536 // lanes)
-    tile = tile_size(n, products // group)
-    return ChunkConfig(lanes * (16 // dtype.itemsize), lanes, warps, registers, tile, group)
+    registers = min(128, 65536 // lanes)
+    return ChunkConfig(lanes * (16 // like.element_size()), lanes, warps, registers, even_share(n, 4), group)
 
 
 def few_tokens(num_tokens: int) -> bool:
@@ -102,11 +108,6 @@ def few_tokens(num_tokens: int) -> bool:
 def even_share(count: int, limit: int) -> int:
     """The size of equal groups of at most `limit`."""
     return triton.cdiv(count, triton.cdiv(count, limit))
-
-
-def tile_size(n: int, limit: int = 4) -> int:
-    """Sources in registers at once. Up to 4 exactly n; beyond, few sizes, so that few kernels are compiled."""
-    return min(n, limit, 4)
 
 
 @cache

@@ -99,6 +99,7 @@ def merge_backward(
     NORM: tl.constexpr,
     AFFINE: tl.constexpr,
     CHAINED: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """p_partial: [programs, 1 + AFFINE, D], this program's sums of dq and of the norm weight's gradient."""
     o_d = tl.arange(0, BLOCK)
@@ -108,7 +109,7 @@ def merge_backward(
     b_q = load_query(p_query, p_key_norm, o_d, m_d)
 
     # two stages: the next token's rows are copied to shared memory meanwhile
-    for token in tl.range(tl.program_id(0).to(tl.int64), num_tokens, tl.num_programs(0), num_stages=2):
+    for token in tl.range(tl.program_id(0).to(tl.int64), num_tokens, tl.num_programs(0), num_stages=STAGES):
         o_row = token * D + o_d
         z = tl.load(p_stats + token * 3)
         rstd = tl.load(p_stats + token * 3 + 1)
@@ -147,7 +148,6 @@ def merge_backward(
         tl.store(p_row + D, b_dweight, mask=m_d)
 
 
-@torch.library.custom_op("attnres::merge", mutates_args=())
 def merge(
     query: Tensor,
     key_norm: Tensor,
@@ -166,7 +166,7 @@ def merge(
     width, num_tokens = x.shape[-1], lse.numel()
     if num_tokens == 0:
         return partial_sum, x, stats
-    config = row_config(width, 16, num_tokens, x.device)
+    config = row_config("merge_forward", x, num_tokens)
     launch(
         merge_forward,
         (num_tokens,),
@@ -194,7 +194,10 @@ def merge(
     return partial_sum, x, stats
 
 
-@merge.register_fake
+merge_op = torch.library.custom_op("attnres::merge", merge, mutates_args=())
+
+
+@merge_op.register_fake
 def _(query, key_norm, partial, update, out, lse, weight, eps, norm_eps, scale):  # type: ignore[no-untyped-def]
     return _merge_outputs(partial, update)
 
@@ -204,7 +207,6 @@ def _merge_outputs(partial: Tensor | None, update: Tensor) -> tuple[Tensor, Tens
     return update.new_empty(0 if partial is None else update.shape), update.new_empty(update.shape), stats
 
 
-@torch.library.custom_op("attnres::merge_backward", mutates_args=())
 def merge_gradients(
     query: Tensor,
     key_norm: Tensor,
@@ -223,7 +225,7 @@ def merge_gradients(
     width, num_tokens = dx.shape[-1], lse.numel()
     dpartial, dout = dx.new_empty(dx.shape), dx.new_empty(dx.shape)
     dlse = lse.new_empty(lse.shape)
-    config = row_config(width, 16 if width <= 2048 else 8, num_tokens, dx.device)
+    config = row_config("merge_backward", dx, num_tokens)
     partial = dx.new_empty((config.programs, 1 + (weight is not None), width), dtype=torch.float32)
     if num_tokens == 0:
         partial.zero_()
@@ -251,6 +253,7 @@ def merge_gradients(
             NORM=norm_eps is not None,
             AFFINE=weight is not None,
             CHAINED=later is not None,
+            STAGES=config.STAGES,
             num_warps=config.num_warps,
             device=dx.device,
         )
@@ -258,7 +261,10 @@ def merge_gradients(
     return dquery, dkey_norm, dpartial, dout, dlse, dweight
 
 
-@merge_gradients.register_fake
+merge_gradients_op = torch.library.custom_op("attnres::merge_backward", merge_gradients, mutates_args=())
+
+
+@merge_gradients_op.register_fake
 def _(query, key_norm, partial_sum, out, lse, weight, stats, dx, later, norm_eps, scale):  # type: ignore[no-untyped-def]
     return (
         query.new_empty(query.shape),

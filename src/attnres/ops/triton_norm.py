@@ -66,13 +66,14 @@ def add_norm_backward(
     BLOCK: tl.constexpr,
     AFFINE: tl.constexpr,
     CHAINED: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """p_partial: [programs, 1, D], this program's sum of the weight's gradient."""
     o_d = tl.arange(0, BLOCK)
     m_d = o_d < D
     b_dweight = tl.zeros([BLOCK], tl.float32)
 
-    for token in tl.range(tl.program_id(0).to(tl.int64), num_tokens, tl.num_programs(0), num_stages=2):
+    for token in tl.range(tl.program_id(0).to(tl.int64), num_tokens, tl.num_programs(0), num_stages=STAGES):
         o_row = token * D + o_d
         rstd = tl.load(p_rstd + token)
         b_normed = tl.load(p_sum + o_row, mask=m_d, other=0.0).to(tl.float32) * rstd
@@ -89,13 +90,12 @@ def add_norm_backward(
         tl.store(p_partial + tl.program_id(0) * D + o_d, b_dweight, mask=m_d)
 
 
-@torch.library.custom_op("attnres::add_norm", mutates_args=())
 def add_norm(stream: Tensor | None, update: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(stream + update, its RMSNorm, the norm's rstd [...]). stream None: the sum is `update`, and comes back empty."""
     total, x, rstd = _add_norm_outputs(stream, update)
     width, num_tokens = x.shape[-1], rstd.numel()
     if num_tokens > 0:
-        config = row_config(width, 16, num_tokens, x.device)
+        config = row_config("add_norm_forward", x, num_tokens)
         launch(
             add_norm_forward,
             (num_tokens,),
@@ -116,7 +116,10 @@ def add_norm(stream: Tensor | None, update: Tensor, weight: Tensor | None, eps: 
     return total, x, rstd
 
 
-@add_norm.register_fake
+add_norm_op = torch.library.custom_op("attnres::add_norm", add_norm, mutates_args=())
+
+
+@add_norm_op.register_fake
 def _(stream, update, weight, eps):  # type: ignore[no-untyped-def]
     return _add_norm_outputs(stream, update)
 
@@ -126,7 +129,6 @@ def _add_norm_outputs(stream: Tensor | None, update: Tensor) -> tuple[Tensor, Te
     return update.new_empty(0 if stream is None else update.shape), update.new_empty(update.shape), rstd
 
 
-@torch.library.custom_op("attnres::add_norm_backward", mutates_args=())
 def add_norm_gradients(
     total: Tensor, weight: Tensor | None, rstd: Tensor, dx: Tensor, later: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -134,7 +136,7 @@ def add_norm_gradients(
     width, num_tokens = dx.shape[-1], rstd.numel()
     weight = None if weight is None else dense(weight)
     dtotal = dx.new_empty(dx.shape)
-    config = row_config(width, 16, num_tokens, dx.device)
+    config = row_config("add_norm_backward", dx, num_tokens)
     partial = dx.new_empty((config.programs, 1, width), dtype=torch.float32)
     if num_tokens == 0:
         partial.zero_()
@@ -154,6 +156,7 @@ def add_norm_gradients(
             BLOCK=config.BLOCK,
             AFFINE=weight is not None,
             CHAINED=later is not None,
+            STAGES=config.STAGES,
             num_warps=config.num_warps,
             device=dx.device,
         )
@@ -162,6 +165,9 @@ def add_norm_gradients(
     return dtotal, sum_partials(partial, None, None, weight)[2]
 
 
-@add_norm_gradients.register_fake
+add_norm_gradients_op = torch.library.custom_op("attnres::add_norm_backward", add_norm_gradients, mutates_args=())
+
+
+@add_norm_gradients_op.register_fake
 def _(total, weight, rstd, dx, later):  # type: ignore[no-untyped-def]
     return dx.new_empty(dx.shape), rstd.new_empty(0) if weight is None else weight.new_empty(weight.shape)

@@ -149,7 +149,7 @@ def sum_partials(
     dqueries, dkey_norms, dweight = (
         partial.new_empty(0) if like is None else torch.empty_like(like) for like in (queries, key_norms, weight)
     )
-    block = 64
+    block = 32  # many rows at a time: what counts here is the time of one load after the other
     launch(
         reduce_partials,
         (triton.cdiv(width, block), num_rows),
@@ -161,11 +161,11 @@ def sum_partials(
         dweight,
         num_partials,
         D=width,
-        ROWS=32,
+        ROWS=256,
         BLOCK=block,
         QUERIES=num_rows - (weight is not None),
         AFFINE=weight is not None,
-        num_warps=4,
+        num_warps=8,
         device=partial.device,
     )
     return dqueries, dkey_norms, dweight

@@ -40,13 +40,39 @@ def row_pointer(p_rows, tile, j: tl.constexpr, COUNT: tl.constexpr, TILE: tl.con
 
 @triton.jit
 def load_rows(p_rows, tile, o_row, m_row, COUNT: tl.constexpr, TILE: tl.constexpr, p_like):
-    """The rows of one tile in fp32: a tuple of TILE tensors [BLOCK]. Past the end of the list the last row comes again,
-    from cache, so that no load needs a mask of its own; who uses the tile leaves it out."""
+    """The rows of one tile in their own dtype: a tuple of TILE tensors [BLOCK]. Past the end of the list the last row
+    comes again, from cache, so that no load needs a mask of its own; who uses the tile leaves it out."""
     rows = ()
     for j in tl.static_range(TILE):
         p_row = row_pointer(p_rows, tile, j, COUNT, TILE, p_like)
-        rows = rows + (tl.load(p_row + o_row, mask=m_row, other=0.0).to(tl.float32),)
+        rows = rows + (tl.load(p_row + o_row, mask=m_row, other=0.0),)
     return rows
+
+
+@triton.jit
+def per_lane(b_x, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """Adds up what one thread holds of a row, VECTOR neighbours at a time: [BLOCK] -> [LANES]."""
+    b_x = tl.reshape(b_x, [b_x.shape[0] // (LANES * VECTOR), LANES, VECTOR])
+    return tl.sum(tl.sum(b_x, 2), 0)
+
+
+@triton.jit
+def dots(rows, b_other, COUNT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """What each thread adds to <row, other> for COUNT rows: a tuple of tensors [LANES], for `sums`."""
+    parts = ()
+    for j in tl.static_range(COUNT):
+        parts = parts + (per_lane(rows[j].to(tl.float32) * b_other, LANES, VECTOR),)
+    return parts
+
+
+@triton.jit
+def squares(rows, COUNT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """What each thread adds to <row, row>, as `dots` does."""
+    parts = ()
+    for j in tl.static_range(COUNT):
+        b_row = rows[j].to(tl.float32)
+        parts = parts + (per_lane(b_row * b_row, LANES, VECTOR),)
+    return parts
 
 
 @triton.jit
@@ -101,10 +127,21 @@ def joined_sums(joined, COUNT: tl.constexpr):
     return totals[:COUNT]
 
 
+@triton.constexpr_function
+def _whole(count):
+    """How many of `count` tensors are summed together: all, or a power of two if filling up to the next costs much."""
+    below, above = 1 << (count.bit_length() - 1), 1 << (count - 1).bit_length()
+    return count if 4 * (above - count) <= count else below
+
+
 @triton.jit
 def sums(parts, COUNT: tl.constexpr):
     """Sums of COUNT tensors over axis 0: a tuple of scalars."""
-    return joined_sums(join(parts, COUNT), COUNT)
+    WHOLE: tl.constexpr = _whole(COUNT)
+    totals = joined_sums(join(parts[:WHOLE], WHOLE), WHOLE)
+    if WHOLE < COUNT:
+        totals = totals + joined_sums(join(parts[WHOLE:], COUNT - WHOLE), COUNT - WHOLE)
+    return totals
 
 
 @triton.jit(do_not_specialize=["o_first"])

@@ -150,9 +150,13 @@ class BlockAttnRes(DepthAttention):
         self, blocks: tuple[Tensor, ...], folded: Tensor | None, layer: int, norm: nn.Module | None
     ) -> tuple[Tensor, BlockState]:
         queries, key_norms = self.queries(folded, layer, self._block_end[layer])
-        outs, lses, handed_on = ops.inter_block_threaded(queries, blocks, key_norms, self.eps)
-        state = BlockState(tuple(handed_on), None, None, tuple(outs[1:]), tuple(lses[1:]), folded)
-        return normed(outs[0], norm, self.scale(len(blocks))), state
+        fold, rest = split_norm(norm, self.dim)
+        scale = self.scale(len(blocks))
+        (x, *outs), lses, handed_on = ops.inter_block_threaded(
+            queries, blocks, key_norms, self.eps, scale=scale, norm=fold
+        )
+        state = BlockState(tuple(handed_on), None, None, tuple(outs), tuple(lses[1:]), folded)
+        return x if fold else normed(x, rest, scale), state
 
     def _merge(self, state: BlockState, layer: int, norm: nn.Module | None) -> tuple[Tensor, BlockState]:
         update = state.update

@@ -2,7 +2,7 @@
 
 Two schedules give the same function. Layer by layer: each read attends over all its sources. Two-phase (paper section
 4): layers are taken in groups of about sqrt(L); when a group begins one pass over everything before it serves all its
-layers, and each layer then merges the read over its own group's outputs.
+layers, and each layer's read over its own group's outputs goes on from it.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from .. import ops
 from ..errors import UsageError
 from .attention import DepthAttention
-from .base import normed
+from .base import normed, split_norm
 from .registry import register
 
 
@@ -41,7 +40,8 @@ class FullAttnRes(DepthAttention):
         eps: of the key norm.
         stream_scale: multiply each read by its number of sources. At zero queries a read is then the plain residual sum
             itself and not its mean, so that the eps of the norm that follows never bites (the decoder's default).
-        schedule: "layerwise", "two_phase", or "auto", which is layerwise.
+        schedule: "layerwise", "two_phase", or "auto": two-phase on CUDA unless the state must stay lean or there is a
+            window, else layerwise.
         window: W, attend to the embedding and the last W layer outputs only; None for all.
         query: "learned", the pseudo-query w_l; or "input", W_l RMSNorm(v) / D of the newest source v with a D x D
             matrix a layer.
@@ -88,12 +88,10 @@ class FullAttnRes(DepthAttention):
         return FullState((embedding,), (), (), self.folded_queries(embedding))
 
     def read(self, state: FullState, layer: int, norm: nn.Module | None = None) -> tuple[Tensor, FullState]:
-        if self.schedule == "two_phase" and layer % self.group_size == 0 and layer < self.num_layers:
-            state = self._open_group(state, layer)
+        if self._opens_group(state, layer):
+            return self._open_group(state, layer, norm)
         if state.outs:
-            h = self._merge(state, layer)
-            after = state._replace(outs=state.outs[1:], lses=state.lses[1:])
-            return normed(h, norm), after
+            return self._go_on(state, layer, norm)
         x, outputs = self.single_read(state.outputs, layer, norm, state.folded)
         return x, FullState(outputs, (), (), state.folded)
 
@@ -117,21 +115,41 @@ class FullAttnRes(DepthAttention):
     def num_sources(self, layer: int) -> int:
         return 1 + (layer if self.window is None else min(layer, self.window))
 
-    def _open_group(self, state: FullState, layer: int) -> FullState:
-        queries, key_norms = self.rows(layer, min(layer + self.group_size, self.num_layers))
-        outs, lses, outputs = ops.inter_block_threaded(queries, state.outputs, key_norms, self.eps)
-        return FullState(tuple(outputs), tuple(outs), tuple(lses), state.folded)
+    def _opens_group(self, state: FullState, layer: int) -> bool:
+        if layer % self.group_size or layer == self.num_layers or self.window is not None:
+            return False
+        # on GPUs it pays, but not for one layer or one source
+        if self.schedule == "auto" and (self.group_size == 1 or layer == 0 or not state.outputs[0].is_cuda):
+            return False
+        return self.two_phase(state.outputs[0])
 
-    def _merge(self, state: FullState, layer: int) -> Tensor:
-        own = state.outputs[layer - layer % self.group_size + 1 :]
-        earlier, earlier_lse = state.outs[0], state.lses[0]
+    def _open_group(self, state: FullState, layer: int, norm: nn.Module | None) -> tuple[Tensor, FullState]:
+        queries, key_norms = self.queries(state.folded, layer, min(layer + self.group_size, self.num_layers))
+        fold, rest = split_norm(norm, self.dim)
         scale = self.scale(len(state.outputs))
-        if not own:
-            return earlier * scale
-        queries, key_norms = self.rows(layer, layer + 1)
-        (out,), (lse,) = ops.inter_block(queries, own, key_norms, self.eps)
-        share = torch.sigmoid(lse - earlier_lse).unsqueeze(-1)
-        return (scale * (earlier + share * (out - earlier))).to(out.dtype)
+        (x, *outs), lses, outputs = ops.inter_block_threaded(
+            queries, state.outputs, key_norms, self.eps, scale=scale, norm=fold
+        )
+        after = FullState(tuple(outputs), tuple(outs), tuple(lses[1:]), state.folded)
+        return x if fold else normed(x, rest, scale), after
+
+    def _go_on(self, state: FullState, layer: int, norm: nn.Module | None) -> tuple[Tensor, FullState]:
+        """One read over the outputs of the layer's own group that goes on from phase 1's."""
+        first = layer - layer % self.group_size + 1
+        earlier, own = state.outputs[:first], state.outputs[first:]
+        fold, rest = split_norm(norm, self.dim)
+        query, key_norm = self.queries(state.folded, layer)
+        x, handed_on = ops.read_norm_threaded(
+            query,
+            own,
+            key_norm,
+            self.eps,
+            scale=self.scale(len(state.outputs)),
+            norm=fold,
+            prior=(state.outs[0], state.lses[0]),
+        )
+        after = FullState((*earlier, *handed_on), state.outs[1:], state.lses[1:], state.folded)
+        return normed(x, rest), after
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.window is None else f", window={self.window}")
