@@ -142,7 +142,7 @@ def prefill(models: dict[str, Decoder], tokens: int, rounds: int, device: torch.
 def replay(models: dict[str, Decoder], batch: int, rounds: int, device: torch.device) -> timing.Times:
     """A captured step with keys and values of fixed size: what the device itself needs for a token."""
     token = torch.zeros(batch, 1, dtype=torch.long, device=device)
-    graphs = {}
+    graphs, steps = {}, []
     for title, model in models.items():
         cache = KeyValueCache()
         model(token.expand(batch, PAST), cache)
@@ -153,6 +153,7 @@ def replay(models: dict[str, Decoder], batch: int, rounds: int, device: torch.de
                 cache.keys[layer], cache.values[layer] = keys, values
             model(token, cache)
 
+        steps.append(step)  # replays read the past where it lay when they were captured
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
