@@ -1,6 +1,5 @@
 """Both benchmarks run to the end on a CPU, and a rival that fails is listed and never timed."""
 
-import argparse
 import contextlib
 import json
 import os
@@ -253,9 +252,8 @@ def test_captured_graphs_keep_what_they_read(benchmarks: Path, monkeypatch: pyte
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(inference, "KeyValueCache", Cache)
-    arguments = argparse.Namespace(width=64, blocks=2, dtype="float32")
     device = torch.device("cpu")
-    times = inference.replay(inference.make(arguments, device), 1, 2, device)
+    times = inference.replay(inference.make(inference.Shape(64, 2, "float32"), device), 1, 2, device)
     assert len(graphs) == len(times) == len(inference.RESIDUALS) and len(pasts) == 2 * len(graphs)
 
 
