@@ -99,7 +99,7 @@ def measure(groups: dict[str, Group], seconds: float, until: float) -> Iterator[
     workers = {key: Worker() for key in keys}
     ready: dict[Any, dict[str, Any]] = {}
     left_out: dict[Any, str] = {}
-    threads = max(1, (os.cpu_count() or 1) // max(1, len(keys)))
+    threads = max(2, (os.cpu_count() or 1) // max(1, len(keys)))
 
     def get_ready(key: tuple[str, Row]) -> None:
         allowed = min(seconds, last - time.monotonic())
