@@ -18,6 +18,7 @@ import copy
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,6 +33,15 @@ from attnres.train import hardware
 RESIDUALS = {"standard": "prenorm", "Block": "block_attnres", "Full": "full_attnres", "mHC": "mhc"}
 PAST = 64
 """Tokens in the cache before the first decoded one."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """width, Transformer blocks and dtype of the decoders."""
+
+    width: int
+    blocks: int
+    dtype: str
 
 
 def main() -> None:
@@ -52,7 +62,7 @@ def main() -> None:
     facts = timing.facts(device, threads=torch.get_num_threads(), **shape)
     file = arguments.out / f"inference_{device.type}.json"
     rows = earlier(file, facts)
-    models = make(arguments, device)
+    models = make(Shape(arguments.width, arguments.blocks, arguments.dtype), device)
     questions: dict[str, Callable[[], timing.Times]] = {}
     for batch in arguments.batches:
         questions[f"decode, batch {batch}"] = lambda b=batch: decode(models, b, arguments.rounds, device)
@@ -93,21 +103,21 @@ def earlier(file: Path, facts: dict[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def make(arguments: argparse.Namespace, device: torch.device) -> dict[str, Decoder]:
+def make(shape: Shape, device: torch.device, residuals: dict[str, str] = RESIDUALS) -> dict[str, Decoder]:
     """A decoder for each residual connection; their layers, embedding and head are the same modules."""
     models: dict[str, Decoder] = {}
-    for title, residual in RESIDUALS.items():
+    for title, residual in residuals.items():
         config = DecoderConfig(
             vocab_size=8192,
-            hidden_size=arguments.width,
-            num_hidden_layers=arguments.blocks,
-            num_attention_heads=max(1, arguments.width // 64),
+            hidden_size=shape.width,
+            num_hidden_layers=shape.blocks,
+            num_attention_heads=max(1, shape.width // 64),
             max_position_embeddings=8192,
             residual=residual,
         )
         torch.manual_seed(0)
         if not models:
-            models[title] = Decoder(config).to(device, getattr(torch, arguments.dtype)).eval()
+            models[title] = Decoder(config).to(device, getattr(torch, shape.dtype)).eval()
             continue
         shared = models["standard"]
         model = models[title] = copy.copy(shared)
@@ -142,7 +152,7 @@ def prefill(models: dict[str, Decoder], tokens: int, rounds: int, device: torch.
 def replay(models: dict[str, Decoder], batch: int, rounds: int, device: torch.device) -> timing.Times:
     """A captured step with keys and values of fixed size: what the device itself needs for a token."""
     token = torch.zeros(batch, 1, dtype=torch.long, device=device)
-    graphs = {}
+    graphs, steps = {}, []
     for title, model in models.items():
         cache = KeyValueCache()
         model(token.expand(batch, PAST), cache)
@@ -153,6 +163,7 @@ def replay(models: dict[str, Decoder], batch: int, rounds: int, device: torch.de
                 cache.keys[layer], cache.values[layer] = keys, values
             model(token, cache)
 
+        steps.append(step)  # replays read the past where it lay when they were captured
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import processes
 import rivals
 import timing
 import torch
@@ -35,8 +36,18 @@ def copy_rate(device: torch.device, size: int) -> float:
     return 2 * size / (1e-3 * timing.spread(times["copy"]["copy"])["median"])
 
 
-def measure(case: Case, bench: Bench, budget: timing.Budget, seconds_to_prepare: float, repeats: int) -> dict[str, Any]:
-    """Rows by variant; a variant that cannot be prepared in time or is wrong goes to case.left_out."""
+def measure(
+    case: Case,
+    bench: Bench,
+    budget: timing.Budget,
+    seconds_to_prepare: float,
+    repeats: int,
+    rehearse: Callable[[str], str | None] = lambda name: None,
+) -> dict[str, Any]:
+    """Rows by variant; a variant that cannot be prepared in time or is wrong goes to case.left_out.
+
+    rehearse: called with a rival's name before it runs in this process; why it must not.
+    """
     errors = {}
     for name, variant in list(case.variants.items()):
         variant.watches = {part: timing.Stopwatch(bench.device) for part in ("forward", "backward")}
@@ -49,7 +60,9 @@ def measure(case: Case, bench: Bench, budget: timing.Budget, seconds_to_prepare:
                 if errors[name] > case.tolerance:
                     raise RuntimeError(f"disagrees with the reference: relative error {errors[name]:.2g}")
 
-        if reason := timing.attempt(prepare, budget, seconds_to_prepare, bench.device):
+        reason = rehearse(name) if rivals.package(name) else None  # a compiler cannot be stopped here
+        reason = reason or timing.attempt(prepare, budget, seconds_to_prepare, bench.device)
+        if reason:
             case.left_out[name] = reason
             del case.variants[name]
     times = timing.interleave({name: v.run for name, v in case.variants.items()}, repeats)
@@ -58,6 +71,14 @@ def measure(case: Case, bench: Bench, budget: timing.Budget, seconds_to_prepare:
         | {"moved": case.variants[name].moved, "error": errors.get(name)}
         for name, parts in times.items()
     }
+
+
+def rehearse(title: str, name: str, device: torch.device, dtype: torch.dtype, quick: bool) -> None:
+    """Compiles and tunes one variant, in a process that can be ended: Triton then finds the kernels on the disk."""
+    found, _ = rivals.load(device)
+    with timing.parallel_autotuning():
+        variant = cases(Bench(device, dtype, found, compiled=False), quick)[title]().variants[name]
+        variant.backward(variant.forward())
 
 
 def lines_of(title: str, result: dict[str, Any], rate: float) -> list[str]:
@@ -138,7 +159,7 @@ def main() -> None:
     lines = ["# Depth attention, op by op", "", ", ".join(f"{k} {v}" for k, v in about.items()), ""]
     lines += [f"- {name} left out: {reason}" for name, reason in missing.items()] + [""]
     name = f"ops_{device.type}{'_quick' if arguments.quick else ''}"
-    with timing.parallel_autotuning():
+    with timing.parallel_autotuning(), processes.Worker() as worker:
         for title, build in cases(bench, arguments.quick).items():
             if arguments.only and title not in arguments.only:
                 continue
@@ -147,7 +168,12 @@ def main() -> None:
                 continue
             try:
                 case = build()
-                rows = measure(case, bench, budget, arguments.prepare, arguments.repeats)
+
+                def guard(name: str, title: str = title) -> str | None:
+                    seconds = min(arguments.prepare, budget.left())
+                    return worker.too_long(rehearse, title, name, device, dtype, arguments.quick, seconds=seconds)
+
+                rows = measure(case, bench, budget, arguments.prepare, arguments.repeats, guard)
             except Exception as error:
                 document["failed"][title] = timing.one_line(error)
                 continue

@@ -14,7 +14,6 @@ fast-attnres installs a package that is called attnres, as this library is: run 
 
 from __future__ import annotations
 
-import copy
 import importlib.metadata
 import importlib.util
 import os
@@ -22,7 +21,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import timing
 import torch
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attnres.ops import Norm
-from attnres.residual import BlockAttnRes, DepthAttention
+from attnres.residual import BlockAttnRes, DepthAttention, Residual
 
 Read = Callable[[Tensor, Sequence[Tensor], Tensor, float, Norm | None], Tensor]
 
@@ -60,6 +59,11 @@ def load(device: torch.device) -> tuple[dict[str, Rival], dict[str, str]]:
         except Exception as error:
             missing[name] = timing.one_line(error)
     return found, missing
+
+
+def package(variant: str) -> str | None:
+    """The package that a variant is of, None for what is in this file or this library."""
+    return PACKAGES.get(variant.split(", ")[0])
 
 
 def versions(found: dict[str, Rival]) -> dict[str, str | None]:
@@ -221,49 +225,76 @@ LOADERS: dict[str, Callable[[], Rival]] = {
 # A rival in the place of this library's op
 
 
-class _Plugged(DepthAttention):
-    """Mixed into a residual: the same sources and parameters, the rival's kernels. Reads are not scaled by their number
-    of sources: the norm that follows would undo it."""
+class PluggedState(NamedTuple):
+    """sources: the embedding and the finished blocks; partial: the present block's sum; outs, lses: phase 1's results
+    for the layers of the present block that have not read yet (a rival in two phases only)."""
 
-    rival: Rival
+    sources: tuple[Tensor, ...]
+    partial: Tensor | None = None
+    outs: tuple[Tensor, ...] = ()
+    lses: tuple[Tensor, ...] = ()
 
-    def two_phase(self, tensor: Tensor) -> bool:
-        return self.rival.read is None
 
-    def single_read(
-        self, sources: tuple[Tensor, ...], layer: int, norm: Any, folded: Tensor | None = None
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+class Plugged(Residual):
+    """Block or Full AttnRes by a rival's kernels: what a user of that package would write. Full AttnRes has blocks of
+    one layer. Reads are not scaled by their number of sources: the norm that follows would undo it."""
+
+    def __init__(self, residual: DepthAttention, rival: Rival) -> None:
+        super().__init__(residual.dim, residual.num_layers)
+        self.rival, self.eps = rival, residual.eps
+        self.pseudo_query = nn.Parameter(residual.pseudo_query.detach().clone())
+        self.key_norm = nn.Parameter(residual.key_norm.detach().clone())
+        starts = residual.block_starts if isinstance(residual, BlockAttnRes) else range(self.num_layers)
+        self.block_ends = dict(zip(starts, [*starts[1:], self.num_layers], strict=True))
+
+    def start(self, embedding: Tensor) -> PluggedState:
+        return PluggedState((embedding,))
+
+    def read(self, state: PluggedState, layer: int, norm: nn.Module | None = None) -> tuple[Tensor, PluggedState]:
+        assert isinstance(norm, nn.RMSNorm) and norm.eps is not None
         pair = (norm.weight, norm.eps)
+        if layer in self.block_ends or layer == self.num_layers:
+            state = PluggedState(self.latest_sources(state))
+            end = self.block_ends.get(layer, layer)
+            if self.rival.read is None and len(state.sources) > 1 and end > layer + 1:
+                return self._open_block(state, layer, end, pair)
+        if state.outs:
+            return self._merge(state, layer, pair)
+        sources = self.latest_sources(state)
         query, key_norm = self.pseudo_query[layer], self.key_norm[layer]
         if len(sources) == 1:
-            return rms_norm(sources[0], pair), sources
+            return rms_norm(sources[0], pair), state
         if self.rival.read is not None:
-            return self.rival.read(query, sources, key_norm, self.eps, pair), sources
+            return self.rival.read(query, sources, key_norm, self.eps, pair), state
         assert self.rival.inter_block is not None
         (h,), _ = self.rival.inter_block(query[None], sources, key_norm[None], self.eps)
-        return rms_norm(h, pair), sources
+        return rms_norm(h, pair), state
 
-    # Block AttnRes in two phases
+    def write(self, state: PluggedState, layer: int, output: Tensor) -> PluggedState:
+        return state._replace(partial=output if state.partial is None else state.partial + output)
 
-    def _open_block(self, blocks: tuple[Tensor, ...], layer: int, norm: Any) -> tuple[Tensor, Any]:
-        assert isinstance(self, BlockAttnRes) and self.rival.inter_block is not None
-        rows = slice(layer, self._block_end[layer])
-        outs, lses = self.rival.inter_block(self.pseudo_query[rows], blocks, self.key_norm[rows], self.eps)
-        state = self.start(blocks[0])._replace(blocks=blocks, outs=tuple(outs[1:]), lses=tuple(lses[1:]))
-        return rms_norm(outs[0], (norm.weight, norm.eps)), state
+    def latest(self, state: PluggedState) -> Tensor:
+        return self.latest_sources(state)[-1]
 
-    def _merge(self, state: Any, layer: int, norm: Any) -> tuple[Tensor, Any]:
-        assert self.rival.merge is not None
-        partial = state.update if state.partial is None else state.partial + state.update
+    def finish(self, state: PluggedState, norm: nn.Module | None = None) -> Tensor:
+        return self.read(state, self.num_layers, norm)[0]
+
+    def latest_sources(self, state: PluggedState) -> tuple[Tensor, ...]:
+        return state.sources if state.partial is None else (*state.sources, state.partial)
+
+    def _open_block(self, state: PluggedState, layer: int, end: int, norm: Norm) -> tuple[Tensor, PluggedState]:
+        assert self.rival.inter_block is not None
+        rows = slice(layer, end)
+        outs, lses = self.rival.inter_block(self.pseudo_query[rows], state.sources, self.key_norm[rows], self.eps)
+        return rms_norm(outs[0], norm), state._replace(outs=tuple(outs[1:]), lses=tuple(lses[1:]))
+
+    def _merge(self, state: PluggedState, layer: int, norm: Norm) -> tuple[Tensor, PluggedState]:
+        assert self.rival.merge is not None and state.partial is not None
         query, key_norm = self.pseudo_query[layer], self.key_norm[layer]
-        h = self.rival.merge(query, partial, key_norm, state.outs[0], state.lses[0], self.eps)
-        after = state._replace(partial=partial, update=None, outs=state.outs[1:], lses=state.lses[1:])
-        return rms_norm(h, (norm.weight, norm.eps)), after
+        h = self.rival.merge(query, state.partial, key_norm, state.outs[0], state.lses[0], self.eps)
+        return rms_norm(h, norm), state._replace(outs=state.outs[1:], lses=state.lses[1:])
 
 
-def plug(residual: DepthAttention, rival: Rival) -> DepthAttention:
-    """A copy of a Full or Block AttnRes with parameters of its own whose reads are the rival's."""
-    plugged = copy.deepcopy(residual)
-    cls = type(residual)
-    plugged.__class__ = type(f"{cls.__name__}Plugged", (_Plugged, cls), {"rival": rival})
-    return plugged
+def plug(residual: DepthAttention, rival: Rival) -> Plugged:
+    """A Full or Block AttnRes with the same parameters, in copies of its own, whose reads are the rival's."""
+    return Plugged(residual, rival)

@@ -239,7 +239,12 @@ def gaps(document: dict[str, Any]) -> list[str]:
 def save(folder: Path, name: str, document: dict[str, Any], lines: Sequence[str]) -> None:
     """Writes NAME.json and NAME.md, each complete or not at all: a run may be cut short at any moment."""
     folder.mkdir(parents=True, exist_ok=True)
-    for suffix, text in ((".json", json.dumps(document, indent=1)), (".md", "\n".join(lines).rstrip())):
-        part = folder / f"{name}{suffix}.part"
-        part.write_text(text + "\n")
-        part.replace(folder / f"{name}{suffix}")
+    write(folder / f"{name}.json", json.dumps(document, indent=1))
+    write(folder / f"{name}.md", "\n".join(lines).rstrip())
+
+
+def write(file: Path, text: str) -> None:
+    """A file, complete or not at all."""
+    part = file.with_name(f"{file.name}.part")
+    part.write_text(text + "\n")
+    part.replace(file)

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import processes
 import rivals
 import timing
 import torch
@@ -48,8 +49,12 @@ def measure(
     budget: timing.Budget,
     seconds_to_prepare: float,
     repeats: int,
+    rehearse: Callable[[Row], str | None] = lambda row: None,
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Table rows of a group, and why others are not there. `steps` keeps what is ready for later groups."""
+    """Table rows of a group, and why others are not there. `steps` keeps what is ready for later groups.
+
+    rehearse: called with a rival's row before it runs in this process; why it must not.
+    """
     left_out, memory, errors = {}, {}, {}
     ready = []
     for row in rows:
@@ -68,7 +73,9 @@ def measure(
             steps[row]()
             memory[row] = peak_memory(steps[row], nets.device)
 
-        if reason := timing.attempt(prepare, budget, seconds_to_prepare, nets.device):
+        reason = rehearse(row) if row not in steps and rivals.package(row.op) else None
+        reason = reason or timing.attempt(prepare, budget, seconds_to_prepare, nets.device)
+        if reason:
             left_out[str(row)] = reason
             steps.pop(row, None)
         else:
@@ -94,6 +101,12 @@ def measure(
             }
         )
     return table, left_out
+
+
+def rehearse(shape: Shape, row: Row, device: torch.device, dtype: torch.dtype) -> None:
+    """Compiles and tunes a rival's kernels, in a process that can be ended: Triton then finds them on the disk."""
+    with timing.parallel_autotuning():
+        Nets(shape, device, dtype, rivals.load(device)[0]).step(row)()
 
 
 def peak_memory(step: Callable[[], Tensor], device: torch.device) -> int | None:
@@ -193,7 +206,7 @@ def main() -> None:
     name = f"training_{device.type}{'_quick' if arguments.quick else ''}"
     nets: dict[str, Nets] = {}
     steps: dict[str, dict[Row, Callable[[], Tensor]]] = {}
-    with timing.parallel_autotuning():
+    with timing.parallel_autotuning(), processes.Worker() as worker:
         for shape, group, rows in groups(device, arguments.quick):
             title = f"{shape.name}, {shape.tokens} tokens: {group}"
             if arguments.only and not any(word in title for word in arguments.only):
@@ -204,8 +217,16 @@ def main() -> None:
             try:
                 if shape.name not in nets:
                     nets[shape.name], steps[shape.name] = Nets(shape, device, dtype, found), {}
+
+                def guard(row: Row, shape: Shape = shape) -> str | None:
+                    if device.type == "cuda":
+                        torch.cuda.empty_cache()  # the other process needs room
+                    row = Row(row.residual, row.op)
+                    seconds = min(arguments.prepare, budget.left())
+                    return worker.too_long(rehearse, shape, row, device, dtype, seconds=seconds)
+
                 table, left_out = measure(
-                    rows, nets[shape.name], steps[shape.name], budget, arguments.prepare, arguments.repeats
+                    rows, nets[shape.name], steps[shape.name], budget, arguments.prepare, arguments.repeats, guard
                 )
             except Exception as error:
                 document["failed"][title] = timing.one_line(error)

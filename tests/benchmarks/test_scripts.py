@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -110,12 +111,46 @@ def test_a_rival_that_fails_is_left_out_with_the_reason(benchmarks: Path) -> Non
 
     reads = {f.__name__: f for f in (wrong, wrong_gradient, not_a_number, broken, endless)}
     case = cases.read(bench(**{name: rivals.Rival(name, f) for name, f in reads.items()}), 8, 16, 3)
-    rows = ops.measure(case, bench(), timing.Budget(60), seconds_to_prepare=3, repeats=1)
+    rows = ops.measure(case, bench(), timing.Budget(100), seconds_to_prepare=10, repeats=1)
     assert list(rows) == ["attnres"]
     assert "relative error 0.01" in case.left_out["wrong"]
     assert "disagrees" in case.left_out["wrong_gradient"] and "inf" in case.left_out["not_a_number"]
     assert case.left_out["broken"] == "RuntimeError: no kernel image"
     assert "not ready within" in case.left_out["endless"]
+
+
+def test_a_rival_that_overruns_in_its_rehearsal_never_runs_here(benchmarks: Path) -> None:
+    import cases
+    import rivals
+    import timing
+
+    import ops
+
+    def never(*args):
+        raise AssertionError("called")
+
+    asked = []
+
+    def rehearse(name):
+        asked.append(name)
+        return "not ready within 3 s"
+
+    case = cases.read(bench(**{"fla Triton": rivals.Rival("fla Triton", never)}), 8, 16, 3)
+    rows = ops.measure(case, bench(), timing.Budget(60), 3, 1, rehearse)
+    assert list(rows) == ["attnres"] and asked == ["fla Triton"]
+    assert case.left_out == {"fla Triton": "not ready within 3 s"}
+
+
+def test_a_rehearsal_prepares_one_variant_by_itself(benchmarks: Path) -> None:
+    import processes
+
+    import ops
+
+    quick = (torch.device("cpu"), torch.float32, True)
+    with processes.Worker() as worker:
+        assert worker.call(ops.rehearse, "read", "straightforward", *quick, seconds=100) is None
+        with pytest.raises(processes.Failed, match="fla Triton"):
+            worker.call(ops.rehearse, "read", "fla Triton", *quick, seconds=100)
 
 
 def test_a_spent_budget_leaves_everything_out(benchmarks: Path) -> None:
@@ -148,6 +183,78 @@ def test_plugged_reads_are_the_rivals(benchmarks: Path) -> None:
         state = plugged.write(state, layer, x.sin())
     plugged.finish(state, norm)
     assert counts == [2, 2, 3, 3, 4]  # the first layer sees the embedding alone
+
+
+@pytest.mark.parametrize("name", ["block_attnres", "full_attnres"])
+def test_a_plugged_rival_in_two_phases_agrees(benchmarks: Path, name: str) -> None:
+    import rivals
+
+    from attnres import ops, residual
+
+    torch.manual_seed(0)
+    ours = residual.build(name, 16, 6, **({"block_size": 3} if name == "block_attnres" else {})).double()
+    torch.nn.init.normal_(ours.pseudo_query)
+    torch.nn.init.uniform_(ours.key_norm, 0.5, 2)
+    counts = []
+
+    def inter_block(queries, sources, key_norms, eps):
+        counts.append((len(queries), len(sources)))
+        return ops.inter_block(queries, sources, key_norms, eps)
+
+    rival = rivals.Rival("spy", None, inter_block, ops.merge)
+    embedding, norm = torch.randn(3, 16, dtype=torch.float64), torch.nn.RMSNorm(16, 1e-6).double()
+    results = []
+    for network in (ours, rivals.plug(ours, rival)):
+        state = network.start(embedding)
+        for layer in range(6):
+            x, state = network.read(state, layer, norm)
+            state = network.write(state, layer, (layer + 1) * x.sin())
+        h = network.finish(state, norm)
+        h.square().mul(torch.arange(16)).sum().backward()
+        results.append([h, network.pseudo_query.grad, network.key_norm.grad])
+    for theirs, expected in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(theirs, expected)
+    # the first block is read layer by layer, the second in one phase and merges, the head by itself
+    assert counts == ([(1, 2), (1, 2), (3, 2), (1, 3)] if name == "block_attnres" else [(1, n) for n in range(2, 8)])
+
+
+def test_captured_graphs_keep_what_they_read(benchmarks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import inference
+
+    pasts, graphs = [], []
+
+    class Cache(inference.KeyValueCache):
+        def update(self, key_states, value_states, layer_idx):
+            first = layer_idx not in self.keys
+            result = super().update(key_states, value_states, layer_idx)
+            if first:
+                pasts.append([weakref.ref(tensor) for tensor in result])
+            return result
+
+    class Graph:
+        """Replays of what is captured on a GPU read memory that they do not own."""
+
+        def __init__(self):
+            graphs.append(self)
+
+        def replay(self):
+            assert pasts and all(tensor() is not None for past in pasts for tensor in past)
+
+    class Stream:
+        def __init__(self, device=None):
+            pass
+
+        def wait_stream(self, other):
+            pass
+
+    none = contextlib.nullcontext
+    fakes = dict(CUDAGraph=Graph, Stream=Stream, current_stream=Stream, stream=lambda s: none(), graph=lambda g: none())
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(inference, "KeyValueCache", Cache)
+    device = torch.device("cpu")
+    times = inference.replay(inference.make(inference.Shape(64, 2, "float32"), device), 1, 2, device)
+    assert len(graphs) == len(times) == len(inference.RESIDUALS) and len(pasts) == 2 * len(graphs)
 
 
 def test_moe(benchmarks: Path, tmp_path: Path) -> None:
