@@ -131,10 +131,26 @@ class Attention(nn.Module):
 
 def rotary_factors(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """cos and sin [..., T, head_dim] in fp32 for positions [..., T]; the two halves of a head rotate together."""
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        return _opaque_rotary_factors(positions, head_dim, theta)
+    return _rotary_factors(positions, head_dim, theta)
+
+
+def _rotary_factors(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     frequencies = theta ** -(torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
     angles = positions.unsqueeze(-1).float() * frequencies
     angles = torch.cat([angles, angles], -1)
     return angles.cos(), angles.sin()
+
+
+# a compiler would compute powers, cosines and sines anew for every element of every head of every layer
+_opaque_rotary_factors = torch.library.custom_op("attnres::rotary_factors", _rotary_factors, mutates_args=())
+
+
+@_opaque_rotary_factors.register_fake
+def _(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    factors = positions.new_empty((*positions.shape, head_dim), dtype=torch.float32)
+    return factors, torch.empty_like(factors)
 
 
 def rotate(heads: Tensor, context: Context) -> Tensor:

@@ -116,16 +116,22 @@ def merge(
 def read_norm(
     query: Tensor,
     sources: Sequence[Tensor],
-    key_norm: Tensor,
+    key_norm: Tensor | None,
     eps: float,
     *,
     scale: float = 1.0,
     norm: Norm | None = None,
 ) -> Tensor:
-    """`depth_attention` followed by the RMSNorm `norm` = (weight [D] or None, eps), fused where the backend can."""
-    check_sources(sources)
-    check_vectors(sources[0].shape[-1], sources[0].device, query=query, key_norm=key_norm)
-    check_norm(norm, sources[0])
+    """`depth_attention` followed by the RMSNorm `norm` = (weight [D] or None, eps), fused where the backend can.
+
+    key_norm: None for a query that has been folded.
+    """
+    if _careful(sources[0]):
+        check_sources(sources)
+        check_vectors(
+            sources[0].shape[-1], sources[0].device, query=query, key_norm=query if key_norm is None else key_norm
+        )
+        check_norm(norm, sources[0])
     return select(sources[0], len(sources)).read_norm(query, sources, key_norm, eps, scale=scale, norm=norm)
 
 

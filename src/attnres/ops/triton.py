@@ -45,7 +45,7 @@ def depth_attention(
     scale: float = 1.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """h [..., D], and with return_weights the softmax weights [n, ...] in fp32, without gradient."""
-    h, stats, *_ = _read(query, sources, key_norm, eps, scale, None)
+    h, stats = _read(query, sources, key_norm, eps, scale, None)
     if not return_weights:
         return h
     n = len(sources)
@@ -153,7 +153,7 @@ def read_norm_threaded(
     prior: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """`read_norm`, and the sources for their next reader. prior: (out, lse) of phase 1, from which the read goes on."""
-    x, _, *handed_on = _read(query, sources, key_norm, eps, scale, norm, prior)
+    x, _, *handed_on = _read(query, sources, key_norm, eps, scale, norm, prior, hand_on=True)
     return x, handed_on
 
 
@@ -170,15 +170,16 @@ def _read(
     scale: float,
     norm: Norm | None,
     prior: tuple[Tensor, Tensor] | None = None,
+    hand_on: bool = False,
 ) -> tuple[Tensor, ...]:
-    """x, what backward needs, and the sources."""
+    """x, what backward needs, and the sources if they are to be handed on."""
     key_norm = torch.ones_like(query) if key_norm is None else key_norm
     check_supported(sources[0], len(sources))
     (weight, norm_eps), (out, lse) = norm or (None, None), prior or (None, None)
     if differentiates(query, key_norm, out, lse, weight, *sources):
-        return Read.apply(query, key_norm, out, lse, weight, eps, norm_eps, scale, *sources)
+        return Read.apply(query, key_norm, out, lse, weight, eps, norm_eps, scale, hand_on, *sources)
     results: Any = called(read_now, read_op)(query, key_norm, list(sources), out, lse, weight, eps, norm_eps, scale)
-    return *results, *sources
+    return *results, *(sources if hand_on else ())
 
 
 def _add_norm(stream: Tensor | None, update: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:

@@ -43,7 +43,10 @@ def _left_by_later_readers(gradients: Sequence[Tensor | None], like: Tensor) -> 
 
 
 class Read(torch.autograd.Function):
-    """x and the sources. prior, prior_lse: the read that this one goes on from, or None."""
+    """x, what `read` keeps, and the sources if they have later readers. prior, prior_lse: the read that this one goes
+    on from, or None.
+
+    A source that nobody reads again is better not handed on: a compiler would make its missing gradient of zeros."""
 
     @staticmethod
     def forward(
@@ -56,6 +59,7 @@ class Read(torch.autograd.Function):
         eps: float,
         norm_eps: float | None,
         scale: float,
+        hand_on: bool,
         *sources: Tensor,
     ) -> tuple[Tensor, ...]:
         x, stats = called(read, read_op)(query, key_norm, list(sources), prior, prior_lse, weight, eps, norm_eps, scale)
@@ -63,7 +67,7 @@ class Read(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(stats)
         ctx.save_for_backward(query, key_norm, prior, prior_lse, weight, stats, *sources)
-        return x, stats, *handed_on(sources)
+        return x, stats, *(handed_on(sources) if hand_on else ())
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor | None, _: None, *later: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
@@ -74,7 +78,7 @@ class Read(torch.autograd.Function):
             query, key_norm, sources, prior, prior_lse, weight, stats, dx, left, ctx.norm_eps, ctx.scale
         )
         of_prior = (None, None) if prior is None else (dprior, dprior_lse)
-        return dquery, dkey_norm, *of_prior, None if weight is None else dweight, None, None, None, *dsources
+        return dquery, dkey_norm, *of_prior, None if weight is None else dweight, None, None, None, None, *dsources
 
 
 class InterBlock(torch.autograd.Function):

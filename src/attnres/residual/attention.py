@@ -139,9 +139,10 @@ class DepthAttention(Residual):
             return normed(self.attend(layer, sources, self.scale(len(sources)))[0], norm), sources
         fold, rest = split_norm(norm, self.dim)
         query, key_norm = self.queries(folded, layer)
-        x, handed_on = ops.read_norm_threaded(
-            query, sources, key_norm, self.eps, scale=self.scale(len(sources)), norm=fold
-        )
+        scale = self.scale(len(sources))
+        if layer == self.num_layers:  # nobody reads after the output read
+            return normed(ops.read_norm(query, sources, key_norm, self.eps, scale=scale, norm=fold), rest), sources
+        x, handed_on = ops.read_norm_threaded(query, sources, key_norm, self.eps, scale=scale, norm=fold)
         return normed(x, rest), tuple(handed_on)
 
     def attend(self, layer: int, sources: tuple[Tensor, ...], scale: float) -> tuple[Tensor, Tensor]:
