@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .triton_inter_block_wide import fold, wide_coefficients, wide_reads
-from .triton_launch import FEW_TOKENS, dense, even_share, few_tokens, launch, row_config, rows
+from .triton_launch import dense, even_share, few_tokens, launch, row_config, row_shape, rows
 from .triton_reduce import query_partials, sum_partials
 from .triton_rows import dots, load_rows, num_tiles, row_pointer, squares, store_gradient, sums
 
@@ -435,8 +435,8 @@ def inter_block_backward(
 
 def rows_fit(source: Tensor, num_queries: int) -> bool:
     """Whether the kernels here take so many queries, and backward's programs can hold a row of each."""
-    config = row_config("inter_block_backward", source, FEW_TOKENS + 1)
-    return num_queries <= MAX_QUERIES and num_queries * config.BLOCK <= MAX_ROWS * 32 * config.num_warps
+    block, warps = row_shape("inter_block_backward", source.shape[-1])
+    return num_queries <= MAX_QUERIES and num_queries * block <= MAX_ROWS * 32 * warps
 
 
 def inter_block(

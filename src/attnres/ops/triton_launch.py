@@ -64,15 +64,21 @@ class RowConfig(NamedTuple):
 
 def row_config(kernel: str, like: Tensor, num_tokens: int, n: int = 1) -> RowConfig:
     """like: a tensor of rows; n: sources, which are taken in equal tiles."""
-    width, vector = like.shape[-1], 16 // like.element_size()
-    block = max(32, triton.next_power_of_2(width))
-    warps, most, programs, stages = line(kernel, block)
+    block, warps = row_shape(kernel, like.shape[-1])
+    _, most, programs, stages = line(kernel, block)
     if few_tokens(num_tokens):  # more threads a row where rows cannot fill the device
         warps = max(warps, block // 512)
-    warps = min(warps, max(1, block // 64))
-    programs = max(1, min(num_tokens, multiprocessors(like.device) * programs))
+    vector = 16 // like.element_size()
     lanes = min(32 * warps, block // vector)
-    return RowConfig(block, lanes, vector, n if n <= most else even_share(n, min(most, 4)), warps, programs, stages)
+    tile = n if n <= most else even_share(n, min(most, 4))
+    programs = max(1, min(num_tokens, multiprocessors(like.device) * programs))
+    return RowConfig(block, lanes, vector, tile, warps, programs, stages)
+
+
+def row_shape(kernel: str, width: int) -> tuple[int, int]:
+    """(the width padded to a power of two, warps); plain arithmetic, which torch.compile may trace."""
+    block = max(32, 1 << (width - 1).bit_length())
+    return block, min(line(kernel, block).warps, max(1, block // 64))
 
 
 class ChunkConfig(NamedTuple):

@@ -79,8 +79,11 @@ def line(kernel: str, width: int) -> Line:
     """What `kernel` takes for rows of `width`."""
     if kernel in _overrides:
         return _overrides[kernel]
-    widths = TABLE[kernel]
-    return widths[min((w for w in widths if w >= width), default=max(widths))]
+    lines = TABLE[kernel]
+    for most, chosen in lines.items():  # in ascending order
+        if width <= most:
+            return chosen
+    return lines[max(lines)]
 
 
 def launch_table() -> dict[str, dict[int, Line]]:
@@ -117,7 +120,7 @@ def _load(file: Path) -> None:
             f"ATTNRES_LAUNCH must name a file that benchmarks/tune.py wrote; {file} cannot be used: {error!r}"
         ) from error
     for kernel, widths in loaded.items():
-        TABLE[kernel] |= widths
+        TABLE[kernel] = dict(sorted((TABLE[kernel] | widths).items()))
 
 
 if os.environ.get("ATTNRES_LAUNCH"):
