@@ -2,8 +2,8 @@
 
 Design choices
 - SHA-256 tells validation from train: of the path inside the corpus for text files, of the text for records (JSON,
-  CSV, Parquet, datasets). So every copy of a corpus splits alike and duplicate records stay on one side. Where that leaves
-  a side empty (a single file, a few documents), the end of the corpus is held out instead.
+  CSV, Parquet, datasets). So every copy of a corpus splits alike and duplicate records stay on one side. Where that
+  leaves a side empty (a single file, a few documents), the end of the corpus is held out instead.
 - A cache entry is one file: a header line, the training tokens, the validation tokens. Its name is a hash of the
   inputs' content (their paths inside the corpus included), the tokenizer and the split.
 """
@@ -30,6 +30,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from .. import json_text
 from ..errors import UsageError
 from .batches import Batches, validation_batches
 from .cache import cached
@@ -122,7 +123,7 @@ def default_cache_dir() -> Path:
 def _read_cache(path: Path, key: str) -> tuple[np.ndarray, np.ndarray] | None:
     try:
         with open(path, "rb") as file:
-            header = json.loads(file.read(HEADER_BYTES))
+            header = json_text.parse_object(file.read(HEADER_BYTES))
             dtype, train, validation = np.dtype(header["dtype"]), header["train"], header["validation"]
             end = HEADER_BYTES + (train + validation) * dtype.itemsize
             if (header["key"], path.stat().st_size) == (key, end) and _checksum(file) == header["crc32"]:

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from .. import json_text
 from ..errors import UsageError
 from .cache import cached, write_text, write_whole, writing
 
@@ -264,9 +265,9 @@ def _from_file(path: Path) -> Tokenizer:
     try:
         text = path.read_text(encoding="utf-8")
         config_path = path.with_name("tokenizer_config.json")
-        config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
+        config = json_text.parse_object(config_path.read_bytes()) if config_path.is_file() else {}
         end = config.get("eos_token")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise UsageError(f"the tokenizer {path} cannot be read, give another: {error}") from error
     if text == ByteTokenizer().to_json():
         return ByteTokenizer()
