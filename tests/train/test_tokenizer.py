@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 import attnres
 from attnres.errors import Failure, UsageError
+from attnres.train import pieces
 from attnres.train import tokenizer as tokenizer_module
 from attnres.train.tokenizer import ByteTokenizer, LibraryTokenizer, load_tokenizer, load_tokenizer_from
 
@@ -147,6 +149,25 @@ def test_bpe_learns_from_a_bounded_sample(tmp_path, monkeypatch):
 
     load_tokenizer("train:260", documents, tmp_path)
     assert max(taken) == 4
+
+
+def test_bpe_learns_from_no_long_text_or_word(tmp_path, monkeypatch):
+    pytest.importorskip("tokenizers")
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 10_000)
+    learned = []
+
+    def watched(text):
+        for part in pieces.cut_words(text):
+            learned.append(part)
+            yield part
+
+    monkeypatch.setattr(tokenizer_module, "cut_words", watched)
+    document = "one line of words " * 5000 + "ACGT" * 5000 + "漢" * 5000 + "1" * 5000 + " " * 5000 + "?" * 5000 + "\n"
+    load_tokenizer("train:270", lambda: [document, "a_b c1\n" * 9], tmp_path)
+    assert "".join(learned) == document + "a_b c1\n" * 9 and learned[-1] == "a_b c1\n" * 9
+    assert max(len(text.encode()) for text in learned) <= 20_000
+    words = re.findall(r"[^\W\d_]+|\d+|[^\w\s]+|\s+", "\0".join(learned).replace("\0", "_"))
+    assert max(map(len, words)) == pieces.WORD
 
 
 def test_corpus_too_small_for_the_vocabulary_is_noted(tmp_path, caplog):

@@ -6,6 +6,7 @@ import bz2
 import gzip
 import io
 import lzma
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,10 @@ from ..text_file import BYTE_ORDER_MARK
 
 PIECE_BYTES = 2**20
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+WORD = 1024
+_KINDS = (r"[^\W\d_]", r"\d", r"[^\w\s]", "_", r"\s")
+_LONG = re.compile("|".join(f"(?<!{kind}){kind}{{{WORD},}}" for kind in _KINDS))
+_MAYBE_LONG = re.compile(rb"(?<!\S)\S{%d}|(?<!\s)\s{%d}" % (WORD, WORD))  # the same in bytes, and four times as fast
 DAMAGED = (EOFError, zlib.error, lzma.LZMAError)
 
 
@@ -65,6 +70,22 @@ def cut(texts: Iterable[bytes]) -> Iterator[bytes]:
             begin = end
         if begin < len(text):
             yield text[begin:]
+
+
+def cut_words(text: bytes) -> Iterator[str]:
+    """The same text in parts without a word of more than WORD characters, which a BPE takes in squared time to learn.
+
+    A word is what byte-level BPE keeps together: letters, digits, spaces or signs in a row. Text is UTF-8; what is not
+    becomes U+FFFD.
+    """
+    spelled = text.decode("utf-8", errors="replace")
+    begin = 0
+    if _MAYBE_LONG.search(text):
+        for word in _LONG.finditer(spelled):
+            for end in range(word.start() + WORD, word.end(), WORD):
+                yield spelled[begin:end]
+                begin = end
+    yield spelled[begin:]
 
 
 def _border(text: bytes, begin: int, limit: int) -> int:

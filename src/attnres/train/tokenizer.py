@@ -10,6 +10,7 @@ Design choices
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import re
@@ -25,6 +26,7 @@ import numpy as np
 from .. import json_text
 from ..errors import UsageError
 from .cache import cached, write_text, write_whole, writing
+from .pieces import cut, cut_words
 
 LOGGER = logging.getLogger(__name__)
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -332,7 +334,8 @@ def _learned_bpe(vocab_size: int, documents: Callable[[], Iterable[str | bytes]]
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=terminal,
         )
-        backend.train_from_iterator(map(_as_text, sample()), trainer)
+        texts = itertools.chain.from_iterable(map(cut_words, cut(sample())))
+        backend.train_from_iterator(texts, trainer)
         write_text(file, backend.to_str())
 
     tokenizer = cached(cache_dir / "tokenizers" / f"{digest.hexdigest()}.json", load, write)
