@@ -45,7 +45,7 @@ def test_bad_flags_are_one_sentence_and_leave_nothing(server, tiny, tmp_path, fl
     ("content", "message"),
     [
         (b"", "is empty; give a corpus with text"),
-        (b"\x00\xff\x80 binary", "is binary (NUL bytes or not UTF-8); convert it to UTF-8 text"),
+        (b"\x00\xff\x80 binary", "is binary (it holds NUL bytes); give a text"),
         (b"too short for a context", "fewer than context + 1 = 33; give a larger corpus, a smaller context"),
     ],
 )
@@ -62,6 +62,7 @@ def test_bad_corpus(server, tiny, tmp_path, content, message):
     [
         ("steps: [1", "is not YAML: while parsing a flow sequence"),
         ("- steps", "must be a mapping of flag names to values"),
+        ("[" * 5000, "is not YAML: maximum recursion depth exceeded"),
         ("optim: {lrr: 1}", "settings.yaml: Unrecognized options: --optim.lrr=1; Perhaps you meant: --optim.lr"),
         ("optim: 3", "settings.yaml: Unrecognized options: --optim=3"),
         ("steps: many", "settings.yaml: --steps: invalid literal for int() with base 10: 'many'"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -34,6 +35,16 @@ def test_generate_refuses(server, finished_run, flags, message):
     end = server.run("generate", finished_run, *flags)
     assert end.status == 2
     assert message in end.said
+
+
+def test_generate_refuses_a_tokenizer_that_knows_more_tokens_than_the_model(server, finished_run, tmp_path):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    spelled = json.loads((run / "tokenizer.json").read_text())
+    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=False)
+    spelled["added_tokens"].append({"id": 270, "content": "more", **flags})
+    (run / "tokenizer.json").write_text(json.dumps(spelled))
+    end = server.run("generate", run, "--prompt", "none of them")
+    assert end.status == 2 and "tokenizer.json knows 271 tokens and the model 270; put the run's own" in end.said
 
 
 def test_generate_needs_a_run_with_a_checkpoint(server, tiny, tmp_path, finished_run):

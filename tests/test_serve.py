@@ -18,6 +18,7 @@ import torch
 
 from attnres.commands import serve as command
 from attnres.errors import UsageError
+from attnres.train.tokenizer import ByteTokenizer
 
 pytest.importorskip("transformers")
 openai = pytest.importorskip("openai")
@@ -298,6 +299,16 @@ def test_folders_that_hold_no_model(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "attnres", "architectures": ["AttnResForCausalLM"]}')
     with pytest.raises(UsageError, match="cannot be served"):
         command.run([str(tmp_path), "--device", "cpu"])
+
+
+def test_a_tokenizer_that_knows_more_tokens_than_the_model_is_refused(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = dict(vocab_size=256, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+    LlamaForCausalLM(LlamaConfig(**shape, intermediate_size=64)).save_pretrained(tmp_path)
+    ByteTokenizer().save(tmp_path)
+    with pytest.raises(UsageError, match=r"cannot be served: the tokenizer of .* knows 257 tokens and the model 256"):
+        command.run([str(tmp_path)])
 
 
 def test_a_missing_extra_is_named(tmp_path, monkeypatch):

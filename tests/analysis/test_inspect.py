@@ -108,9 +108,9 @@ def test_starting_in_front_of_a_read_gives_what_the_whole_model_gives(kind, toke
     tokens = tokens % model.config.vocab_size
     found, calls = leaving_out.inspect(model, tokens), []
 
-    def from_the_start(model, residual, tokens, present, states, cuts, progress):
+    def from_the_start(model, residual, tokens, present, states, cuts, *rest):
         calls.extend(cut.first for cut in cuts)
-        return real(model, residual, tokens, present, states, [cut._replace(first=0) for cut in cuts], progress)
+        return real(model, residual, tokens, present, states, [cut._replace(first=0) for cut in cuts], *rest)
 
     monkeypatch.setattr(leaving_out, "losses_without", from_the_start)
     whole = leaving_out.inspect(model, tokens)
@@ -170,6 +170,38 @@ def test_a_native_hugging_face_model_gives_the_same_numbers(tokens):
     assert torch.allclose(theirs.mixing, mixing_matrix(model, tokens[None]), atol=1e-8)
 
 
+def test_what_there_was_no_time_for_is_not_measured(tokens, monkeypatch):
+    model, clock, first = decoder("full_attnres"), iter([0.0, *[1.0] * 3, *[61.0] * 99]), []
+    monkeypatch.setattr(leave_out, "TOKENS_AT_ONCE", 3 * len(tokens))  # three cuts a pass
+    monkeypatch.setattr(leave_out.time, "monotonic", lambda: next(clock))
+    whole = inspect(model, tokens)
+    clock = iter([0.0, *[1.0] * 3, *[61.0] * 99])
+    some = inspect(model, tokens, minutes=1, listened=first.append)
+    assert whole.measured == (7, 7, 27, 27) and first[0].measured == (0, 7, 0, 27)
+    assert 3 <= some.measured[0] <= 7 and some.measured[1:] == (7, 0, 27), "sources come before single reads"
+    for now, then in zip(some.source_change, whole.source_change, strict=True):
+        assert now.isnan().all() or torch.equal(now, then)
+    assert torch.equal(first[0].loss, whole.loss) and torch.equal(first[0].mixing, whole.mixing)
+    ids = tokens.tolist()
+    for found, minutes in ((first[0], None), (some, 1.0), (whole, 5.0)):
+        values = numbers(found, model, ids, ByteTokenizer(), residual="x", name="x", command="", minutes=minutes)
+        assert (values["measured"], values["minutes"]) == (list(found.measured), minutes)
+        measured = [row["mean_change"] is not None for row in values["ablation"]]
+        assert measured == [not change.isnan().any() for change in found.source_change]
+        assert page(values)
+
+
+def test_the_page_is_there_before_sources_are_left_out(server, finished_run, tmp_path):
+    out = tmp_path / "page.html"
+    stop = (
+        "from attnres.analysis import inspect\ndef stop(*_): raise KeyboardInterrupt\ninspect.losses_without = stop\n"
+    )
+    end = server.start("inspect", finished_run, "--text", "attends", "--out", out, "--device", "cpu", patch=stop).wait()
+    assert end.status != 0 and "where each layer listens; now leaving out sources" in end.err
+    values = json.loads(out.with_suffix(".json").read_text())
+    assert values["measured"][0] == 0 < values["measured"][1] and values["minutes"] is None and out.exists()
+
+
 def test_models_without_depth_attention_and_too_few_tokens_are_refused(tokens):
     with pytest.raises(UsageError, match="no depth attention"):
         inspect(Decoder(DecoderConfig(**SHAPE, residual="prenorm")), tokens)
@@ -207,6 +239,7 @@ def test_bad_input_is_refused_in_one_sentence(server, finished_run, tiny, tmp_pa
     plain.mkdir()
     (plain / "config.json").write_text(json.dumps(config))
     empty.write_text(" \n")
+    (latin := tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     text = ["--text", "attends over depth"]
     for argv, said in (
         ([plain, *text], "has the residual prenorm, without depth attention"),
@@ -217,6 +250,8 @@ def test_bad_input_is_refused_in_one_sentence(server, finished_run, tiny, tmp_pa
         ([finished_run, "--data", tmp_path / "none.txt"], "cannot be read: No such file"),
         ([finished_run, "--text", "attends " * 500], "at most 256 are read"),
         ([finished_run, *text, "--tokens", "1"], "--tokens must be at least 2"),
+        ([finished_run, *text, "--minutes", "0"], "--minutes must be a positive number; it is 0.0"),
+        ([finished_run, "--data", latin], "latin.txt is not UTF-8 (byte 0xe9)"),
         ([finished_run, *text, "--out", tmp_path], "--out must name an HTML file"),
         ([finished_run, *text, "--tokenizer", "none.json"], "does not exist"),
     ):

@@ -32,6 +32,8 @@ def source(tmp_path):
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     (folder / "modeling_llama.py").write_text("raise SystemExit")
     (folder / "README.md").write_text("a Llama")
+    (folder / "LICENSE").write_text("its licence")
+    (folder / "consolidated.pth").write_text("weights in another form")
     return folder
 
 
@@ -56,7 +58,8 @@ def test_convert_folder(source, tmp_path):
     assert all(torch.equal(after[key], value) and after[key].dtype == value.dtype for key, value in before.items())
     present = left_in(target)
     assert {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "generation_config.json"} < set(present)
-    assert not {"README.md", "modeling_llama.py"} & set(present)
+    assert {"README.md", "LICENSE"} < set(present)
+    assert not {"modeling_llama.py", "consolidated.pth"} & set(present)
     assert AutoTokenizer.from_pretrained(target)("w5 w7")["input_ids"]
     assert left_in(target.parent) == ["converted"]
     assert stat.S_IMODE(target.stat().st_mode) == stat.S_IMODE(source.stat().st_mode)
@@ -64,6 +67,21 @@ def test_convert_folder(source, tmp_path):
     converted = hf.load(target, dtype=torch.float32)
     assert torch.allclose(converted(tokens()).logits, original(tokens()).logits, atol=1e-5)
     assert converted.generation_config.max_new_tokens == 3
+
+
+def test_a_tokenizers_own_code_is_kept(source, tmp_path):
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    settings |= {"auto_map": {"AutoTokenizer": ["tokenization_own.Own", None]}, "tokenizer_class": "Own"}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    (source / "tokenization_own.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\nfrom .words_own import NAME\n\n\n"
+        "class Own(PreTrainedTokenizerFast):\n    name = NAME\n"
+    )
+    (source / "words_own.py").write_text('NAME = "own"\n')
+    convert_folder(source, tmp_path / "converted", "block_attnres", 3)
+    assert not (tmp_path / "converted" / "modeling_llama.py").exists()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "converted", trust_remote_code=True)
+    assert tokenizer.name == "own" and tokenizer("w5")["input_ids"] == [5]
 
 
 @pytest.mark.parametrize("named", [None, "LlamaTokenizer", "GPT2Tokenizer"])

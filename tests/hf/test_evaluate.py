@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 
 import pytest
@@ -41,7 +42,7 @@ def data(tmp_path):
 
 def test_perplexity_of_one_window_is_the_mean_loss(folder, tmp_path):
     path = tmp_path / "short.txt"
-    path.write_bytes("né\n".encode() + b"\xff")  # one byte that is not UTF-8
+    path.write_bytes("né\n\ufffd".encode())
     model, tokenizer = open_model(folder)
     ids = torch.tensor([[256, *"né\n\ufffd".encode()]])
     with torch.no_grad():
@@ -76,6 +77,72 @@ def test_a_tokenizer_without_special_tokens_gives_the_first_token(folder, data):
     tokenizer.eos_token = None
     got = perplexity(model, tokenizer, data)
     assert got["tokens"] == got["bytes"] == len(TEXT.encode()) - 1
+
+
+@pytest.mark.parametrize("context", [1, 2, 64])
+def test_without_special_tokens_the_whole_first_character_is_given(folder, tmp_path, context):
+    path = tmp_path / "short.txt"
+    model, tokenizer = open_model(folder)
+    tokenizer.eos_token = None
+    for text in ("é", "漢"):
+        path.write_text(text)
+        with pytest.raises(UsageError, match="has no token to predict"):
+            perplexity(model, tokenizer, path)
+    path.write_text("漢é")
+    ids = torch.tensor([list("漢é".encode())])
+    losses = []
+    for end in (3, 4):
+        with torch.no_grad():
+            logits = model(ids[:, max(0, end - context) : end]).logits[0, -1]
+        losses.append(F.cross_entropy(logits, ids[0, end]).item())
+    got = perplexity(model, tokenizer, path, context=context, stride=1)
+    assert (got["tokens"], got["bytes"]) == (2, 2)
+    assert got["loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
+    assert got["bits_per_byte"] == pytest.approx(got["loss"] / math.log(2))
+
+
+def test_text_that_is_not_utf8_is_refused(folder, tmp_path):
+    path = tmp_path / "latin.txt"
+    path.write_bytes("né".encode("latin-1"))
+    with pytest.raises(UsageError, match=r"data .*latin.txt is not UTF-8 \(byte 0xe9\); convert it, .*iconv -f LATIN1"):
+        evaluate(str(folder), data=path)
+    path.write_text("né", encoding="utf-8-sig")
+    assert evaluate(str(folder), data=path)["data"]["bytes"] == 3
+
+
+def test_a_tokenizer_that_knows_more_tokens_than_the_model_is_refused(folder, data, tmp_path):
+    shape = {**SHAPE, "vocab_size": 256}
+    LlamaForCausalLM(LlamaConfig(**shape, intermediate_size=64)).save_pretrained(tmp_path)
+    ByteTokenizer().save(tmp_path)
+    with pytest.raises(UsageError, match=r"knows 257 tokens and the model 256; .*resize_token_embeddings\(257\)"):
+        evaluate(str(tmp_path), data=data)
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut"])
+def test_a_damaged_shard_is_one_sentence(data, tmp_path, damage):
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, intermediate_size=64))
+    model.save_pretrained(tmp_path, max_shard_size=20_000)
+    ByteTokenizer().save(tmp_path)
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    content = shard.read_bytes()
+    shard.unlink() if damage == "missing" else shard.write_bytes(content[: 0 if damage == "empty" else -9])
+    with pytest.raises(
+        (UsageError, Failure), match=r"cannot be loaded: .*model-00002|a weight file in .* is damaged"
+    ) as caught:
+        evaluate(str(tmp_path), data=data)
+    assert "\n" not in str(caught.value)
+
+
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+def test_json_nested_too_deeply_is_one_sentence(folder, data, tmp_path, name):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / name).write_text(f'{{"a": {DEEP}')
+    with pytest.raises((UsageError, Failure)) as caught:
+        evaluate(str(copy), data=data)
+    assert str(copy) in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,10 @@
 """Every kind of corpus is read as the same documents, and bad ones are refused in one clear sentence."""
 
+import bz2
+import gzip
 import json
+import lzma
+import os
 import re
 import sys
 import sysconfig
@@ -123,6 +127,126 @@ def test_empty_records_are_no_documents(tmp_path, cache):
     assert sorted([*train, *validation]) == sorted([*b"ab", END, ord("?"), END])
 
 
+COMPRESSED = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+
+
+def compress_zstd(content):
+    return pytest.importorskip("pyarrow").compress(content, codec="zstd", asbytes=True)
+
+
+@pytest.mark.parametrize("suffix", ["gz", "bz2", "xz", "zst"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_compressed_files_are_what_is_in_them(name, suffix, tmp_path, cache):
+    content = b"".join(b'{"text": "line %d"}\n' % i for i in range(50))
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / f"{name}.{suffix}").write_bytes(COMPRESSED.get(suffix, compress_zstd)(content))
+    plain, packed = (load_corpus(str(path), cache_dir=cache) for path in sorted(tmp_path.glob(f"{name}*")))
+    assert tokens_of(packed) == tokens_of(plain)
+
+
+def test_csv_and_json_hold_records(tmp_path, cache):
+    texts = ["plain", 'with, comma and "quotes"', "two\nlines", "é" * 200_000, *map(str, range(9))]
+    rows = "".join('{},"{}"\r\n'.format(i, text.replace('"', '""')) for i, text in enumerate(texts))
+    records = [{"n": i, "text": text} for i, text in enumerate(texts)]
+    (tmp_path / "a.csv").write_text("n,text\r\n" + rows, newline="")
+    (tmp_path / "a.tsv").write_text("text\tn\n" + "".join(f"t{i}\t{i}\n" for i in range(4)))
+    (tmp_path / "list.json").write_text(json.dumps(records, indent=1))
+    (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, records)))
+    (tmp_path / "one.json").write_text(json.dumps({"text": "one"}, indent=1))
+    for name in ("a.csv", "list.json", "lines.json"):
+        corpus = load_corpus(str(tmp_path / name), cache_dir=cache, validation_fraction=0.3)
+        assert tokens_of(corpus) == expected_split([(text, text) for text in texts], 0.3), name
+    for name, text in (("a.tsv", "".join(f"t{i}" for i in range(4))), ("one.json", "one")):
+        corpus = load_corpus(str(tmp_path / name), cache_dir=cache)
+        assert sorted(i for side in tokens_of(corpus) for i in side if i != END) == sorted(text.encode()), name
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
+def test_a_byte_order_mark_is_no_text(name, tmp_path, cache):
+    content = {"a.txt": "word", "a.jsonl": '{"text": "word"}', "a.csv": "text\nword\n"}[name]
+    (tmp_path / name).write_text(content, encoding="utf-8-sig")
+    train, validation = tokens_of(load_corpus(str(tmp_path / name), cache_dir=cache))
+    assert [*train, *validation] == [*b"word", END]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "saved"])
+def test_a_column_inside_a_struct_is_named_with_a_dot(name, tmp_path, cache):
+    records = [{"id": 0, "page": {"text": "in a struct", "url": "u"}}, {"id": 1, "page": None}]
+    if name == "a.jsonl":
+        (tmp_path / name).write_text("\n".join(map(json.dumps, records)))
+    elif name == "saved":
+        pytest.importorskip("datasets").Dataset.from_list(records).save_to_disk(tmp_path / name)
+    else:
+        table = pytest.importorskip("pyarrow").Table.from_pylist(records)
+        pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / name)
+    train, validation = tokens_of(load_corpus(str(tmp_path / name), cache_dir=cache, text_column="page.text"))
+    assert [*train, *validation] == [*b"in a struct", END]
+    with pytest.raises(UsageError, match=r"holds an object of \['text', 'url'\], not text"):
+        load_corpus(str(tmp_path / name), cache_dir=cache, text_column="page")
+    with pytest.raises(UsageError, match=r"'page' in .* has no column 'body', only \['text', 'url'\]"):
+        load_corpus(str(tmp_path / name), cache_dir=cache, text_column="page.body")
+
+
+def test_text_in_parquet_is_utf8(tmp_path, cache):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for name, kind in (("text", pyarrow.string()), ("binary", pyarrow.binary())):
+        for text, offset in ((b"caf\xc3\xa9", 5), (b"caf\xe9", 4)):
+            buffers = [None, pyarrow.py_buffer(offset.to_bytes(4, "little").rjust(8, b"\0")), pyarrow.py_buffer(text)]
+            column = pyarrow.Array.from_buffers(kind, 1, buffers)
+            parquet.write_table(pyarrow.table({"text": column}), tmp_path / f"{name}{offset}.parquet")
+        train, validation = tokens_of(load_corpus(str(tmp_path / f"{name}5.parquet"), cache_dir=cache))
+        assert [*train, *validation] == [*"café".encode(), END]
+        with pytest.raises(
+            UsageError, match=r"column 'text' of .*4.parquet holds (text that is|bytes that are) not UTF-8"
+        ):
+            load_corpus(str(tmp_path / f"{name}4.parquet"), cache_dir=cache)
+
+
+def test_texts_and_records_in_one_folder_are_not_guessed_between(folder, cache):
+    (folder / "metadata.jsonl").write_text('{"text": "a caption"}\n')
+    with pytest.raises(
+        UsageError, match=r"holds both texts \(40, such as .*\) and records \(1, such as metadata.jsonl\)"
+    ):
+        load_corpus(str(folder), cache_dir=cache)
+    (folder / "metadata.jsonl").rename(folder / "metadata.csv")  # beside text a table is no corpus
+    corpus = load_corpus(str(folder), cache_dir=cache, validation_fraction=0.3)
+    assert tokens_of(corpus) == expected_split(sorted(FILES.items()), 0.3)
+
+
+def test_a_folder_of_tables_with_a_card(tmp_path, cache):
+    make_folder(tmp_path / "d", {"README.md": "a card", "a.csv": "text\nin a table\n", "dataset_infos.json": "{}"})
+    train, validation = tokens_of(load_corpus(str(tmp_path / "d"), cache_dir=cache))
+    assert [*train, *validation] == [*b"in a table", END]
+
+
+def test_linked_folders_are_read_once(tmp_path, cache, caplog):
+    files = {f"{name}/{i}.txt": f"{name} {i}" for name in ("a", "b") for i in range(9)}
+    make_folder(tmp_path / "whole", files)
+    make_folder(tmp_path / "elsewhere", {name: text for name, text in files.items() if name.startswith("b")})
+    make_folder(tmp_path / "linked", {name: text for name, text in files.items() if name.startswith("a")})
+    (tmp_path / "linked/b").symlink_to(tmp_path / "elsewhere/b")
+    (tmp_path / "linked/a/loop").symlink_to(tmp_path / "linked")
+    (tmp_path / "linked/0-again").symlink_to(tmp_path / "linked/a")
+    whole, linked = (load_corpus(str(tmp_path / name), cache_dir=cache) for name in ("whole", "linked"))
+    assert linked.fingerprint == whole.fingerprint and not caplog.records
+    (tmp_path / "linked/gone.txt").symlink_to(tmp_path / "gone.txt")
+    load_corpus(str(tmp_path / "linked"), cache_dir=cache)
+    assert "1 links lead nowhere, such as" in caplog.text
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(folder, cache, monkeypatch):
+    scan = os.scandir
+
+    def refuse(path):
+        if os.fspath(path).endswith("part1"):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UsageError, match="part1 cannot be read: Permission denied; leave it out"):
+        load_corpus(str(folder), cache_dir=cache)
+
+
 # ---- bad input
 
 
@@ -134,15 +258,29 @@ def test_binary_files_in_a_folder_are_skipped_with_one_note(folder, cache, caplo
     make_folder(folder, {".git/hidden.txt": "hidden", ".hidden.txt": "hidden"})
     corpus = load_corpus(str(folder), cache_dir=cache, validation_fraction=0.3)
     assert tokens_of(corpus) == expected_split(sorted(FILES.items()), 0.3)
-    (note,) = [record.getMessage() for record in caplog.records]
-    assert "skipped 3 binary files" in note
+    left_out, skipped = [record.getMessage() for record in caplog.records]
+    assert "1 of 44 files are no part of the corpus, such as" in left_out and "image.png" in left_out
+    assert "skipped 3 files that are no UTF-8 text" in skipped
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("a.txt", b"a\0b", "is binary"),
-        ("a.txt", b"caf\xe9", "is binary"),
+        ("a.txt", b"caf\xe9", r"a.txt is not UTF-8 \(byte 0xe9\); convert it, .*iconv -f LATIN1"),
+        ("a.txt", "text".encode("utf-16"), "a.txt is UTF-16; convert it, .*iconv -f UTF-16"),
+        ("a.csv", b"text,n\na,1,2\n", "line 2 of .*a.csv has more fields than the first line names"),
+        ("a.csv", b"body\na\n", r"has no column 'text', only \['body'\]"),
+        ("a.json", b'[{"text": "a"}, 3]', "record 2 of .* is not a JSON object"),
+        ("a.json", b'[{"text": "a"}', "a.json is not JSON"),
+        ("a.jsonl.gz", b"no gzip", "a.jsonl.gz cannot be read: Not a gzipped file"),
+        ("a.txt.gz", gzip.compress(b"text" * 99)[:-9], "a.txt.gz is damaged"),
+        ("a.txt.xz", b"no xz", "a.txt.xz is damaged"),
+        ("a.txt.zst", b"no zstandard", "a.txt.zst cannot be read"),
+        ("a.parquet.gz", b"", "unknown suffix"),
+        ("a.jsonl", b'{"messages": []}', "has no column 'text' but 'messages', a conversation: .*apply_chat_template"),
+        ("a.jsonl", b'{"text": [{"role": "user", "content": "a"}]}', "holds a conversation, not text; .*chat_template"),
+        ("a.jsonl", b'{"text": {"en": "a"}}', r"holds an object of \['en'\], not text; name .* text_column=a.b"),
         ("a.txt", b"", "is empty"),
         ("a.jsonl", b"\n\n", "is empty"),
         ("a.jsonl", b'{"text": ""}', "is empty"),

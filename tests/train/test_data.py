@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from attnres.errors import Failure, UsageError
-from attnres.train import corpora
 from attnres.train import data as data_module
+from attnres.train import pieces
 from attnres.train.data import default_cache_dir, load_corpus
 from attnres.train.tokenizer import ByteTokenizer
 
@@ -91,10 +91,40 @@ def test_even_one_character_has_two_sides(tmp_path, cache, fraction):
 def test_pieces_and_batches_leave_no_trace(folder, cache, monkeypatch):
     (folder / "long.txt").write_text("".join(f"línea {i} 漢字\n" for i in range(500)) + "x" * 5000 + "\n\nend")
     whole = tokens_of(load_corpus(str(folder), cache_dir=cache))
-    for module in (corpora, data_module):
+    for module in (pieces, data_module):
         monkeypatch.setattr(module, "PIECE_BYTES", 100)
     monkeypatch.setattr(data_module, "BATCH_BYTES", 333)
     assert tokens_of(load_corpus(str(folder), cache_dir=cache / "other")) == whole
+
+
+@pytest.mark.parametrize("scheme", ["prepend", "first", "always"])
+def test_a_long_document_is_marked_once(scheme, tmp_path, cache, monkeypatch):
+    tokenizers = pytest.importorskip("tokenizers")
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate("\u2581\nabc")}, []))
+    if scheme == "prepend":
+        steps = [tokenizers.normalizers.Prepend("\u2581"), tokenizers.normalizers.Replace(" ", "\u2581")]
+        backend.normalizer = tokenizers.normalizers.Sequence(steps)
+    else:
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    text = "abc cab\n" * 400 + "abc" * 400 + " cab" * 400
+    (tmp_path / "a.txt").write_text(text)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 100)
+    corpus = load_corpus(str(tmp_path / "a.txt"), str(tmp_path / "tokenizer.json"), cache)
+    *ids, end = [*corpus.train, *corpus.validation]
+    spelled = "".join(backend.id_to_token(int(i)) for i in ids)
+    assert spelled == "\u2581" + text.replace(" ", "\u2581") and end == corpus.tokenizer.end_of_document
+
+
+def test_pieces_are_bounded_and_end_with_a_token(monkeypatch):
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 100)
+    for text in ("word  word\n" * 99, "word   word " * 99, "漢" * 999, " " * 999, "é" * 30 + "\n" + "x" * 999):
+        found = list(pieces.cut([text.encode(), b"", b"end"]))
+        assert b"".join(found) == text.encode() + b"end" and all(0 < len(piece) <= 200 for piece in found)
+        assert all(piece.decode() for piece in found), "no character is cut"
+        for before, after in itertools.pairwise(found[:-1]):
+            if "word" in text:
+                assert before.endswith(b"\n") or (after.startswith(b" ") and not before.endswith(b" "))
 
 
 def test_bpe_corpus_learns_from_training_documents(folder, cache, tmp_path):
@@ -197,7 +227,7 @@ def build_and_die(folder, cache, moment):
     if moment == "while tokenising":
         encode, calls = ByteTokenizer.encode_batch, itertools.count()
         data_module.BATCH_BYTES = 100
-        ByteTokenizer.encode_batch = lambda self, texts: die() if next(calls) == 5 else encode(self, texts)
+        ByteTokenizer.encode_batch = lambda self, *texts: die() if next(calls) == 5 else encode(self, *texts)
     elif moment == "before the rename":
         os.replace = die
     else:
@@ -220,7 +250,7 @@ def test_kill_leaves_no_half_cache(moment, folder, tmp_path, cache):
 def build_and_report(folder, cache, start, results):
     encode = ByteTokenizer.encode_batch
     built = []
-    ByteTokenizer.encode_batch = lambda self, texts: built.append(1) or encode(self, texts)
+    ByteTokenizer.encode_batch = lambda self, *texts: built.append(1) or encode(self, *texts)
     start.wait(30)
     corpus = load_corpus(str(folder), cache_dir=cache)
     results.put((bool(built), corpus.fingerprint, tokens_of(corpus)))

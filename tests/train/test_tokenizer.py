@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -12,8 +13,9 @@ from hypothesis import strategies as st
 
 import attnres
 from attnres.errors import Failure, UsageError
+from attnres.train import pieces
 from attnres.train import tokenizer as tokenizer_module
-from attnres.train.tokenizer import ByteTokenizer, load_tokenizer, load_tokenizer_from
+from attnres.train.tokenizer import ByteTokenizer, LibraryTokenizer, load_tokenizer, load_tokenizer_from
 
 DOCUMENTS = [
     "def add(left, right):\n    return left + right\n" * 20,
@@ -149,6 +151,25 @@ def test_bpe_learns_from_a_bounded_sample(tmp_path, monkeypatch):
     assert max(taken) == 4
 
 
+def test_bpe_learns_from_no_long_text_or_word(tmp_path, monkeypatch):
+    pytest.importorskip("tokenizers")
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 10_000)
+    learned = []
+
+    def watched(text):
+        for part in pieces.cut_words(text):
+            learned.append(part)
+            yield part
+
+    monkeypatch.setattr(tokenizer_module, "cut_words", watched)
+    document = "one line of words " * 5000 + "ACGT" * 5000 + "漢" * 5000 + "1" * 5000 + " " * 5000 + "?" * 5000 + "\n"
+    load_tokenizer("train:270", lambda: [document, "a_b c1\n" * 9], tmp_path)
+    assert "".join(learned) == document + "a_b c1\n" * 9 and learned[-1] == "a_b c1\n" * 9
+    assert max(len(text.encode()) for text in learned) <= 20_000
+    words = re.findall(r"[^\W\d_]+|\d+|[^\w\s]+|\s+", "\0".join(learned).replace("\0", "_"))
+    assert max(map(len, words)) == pieces.WORD
+
+
 def test_corpus_too_small_for_the_vocabulary_is_noted(tmp_path, caplog):
     pytest.importorskip("tokenizers")
     assert load_tokenizer("train:1000", lambda: ["abab"], tmp_path).vocab_size < 1000
@@ -248,3 +269,57 @@ def test_run_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(Failure, match="cannot write"):
         ByteTokenizer().save(tmp_path / "file" / "run")
+
+
+def sentence_piece_like(kind):
+    """A byte-fallback BPE whose words begin with a mark, which the start of a text gets too."""
+    tokenizers = pytest.importorskip("tokenizers")
+    pieces = ["\u2581", *"abcdefghijklmnopqrstuvwxyz.\n1", "th", "the", "\u2581the", "ca", "cat", "\u2581cat"]
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {p: 256 + i for i, p in enumerate(pieces)}
+    merges = [("t", "h"), ("th", "e"), ("\u2581", "the"), ("c", "a"), ("ca", "t"), ("\u2581", "cat")]
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges, byte_fallback=True, fuse_unk=True))
+    normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
+    if kind == "prepend":
+        steps = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+        backend.normalizer = normalizers.Sequence(steps)
+    elif kind != "byte level":
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme=kind)
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    return LibraryTokenizer(backend)
+
+
+TEXT = "the cat. the the\n\n  cat th\ncat\ncat \u6f22\u5b57 the\ncat1\n" * 9
+
+
+@pytest.mark.parametrize("kind", ["prepend", "first", "always"])
+def test_only_the_start_of_a_document_is_marked(kind):
+    tokenizer = sentence_piece_like(kind)
+    whole = tokenizer.encode(TEXT).tolist()
+    assert tokenizer.marks_starts
+    assert tokenizer.decode(whole) == TEXT
+    for cut in range(1, len(TEXT)):
+        if TEXT[cut - 1] == "\n" or TEXT[cut] == " ":
+            first, rest, other = tokenizer.encode_batch([TEXT[:cut], TEXT[cut:], TEXT], [False, True, False])
+            assert [*first.tolist(), *rest.tolist()] == whole, cut
+            assert other.tolist() == whole
+
+
+def test_byte_level_tokenizers_that_begin_with_a_space(bpe):
+    assert not bpe.marks_starts and not ByteTokenizer().marks_starts
+    tokenizers = pytest.importorskip("tokenizers")
+    backend = tokenizers.Tokenizer.from_str(bpe.to_json())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer = LibraryTokenizer(backend)
+    text = "def add(left):\n"
+    first, rest = tokenizer.encode_batch([text, text], [False, True])
+    assert tokenizer.decode([*first, *rest]) == " " + text + text
+
+
+def test_a_tokenizer_that_marks_every_text_whatever_stands_before_it_is_told_of(caplog):
+    tokenizers = pytest.importorskip("tokenizers")
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "\u2581b": 1, "a": 2}, unk_token="[UNK]"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    tokenizer = LibraryTokenizer(backend)
+    assert [ids.tolist() for ids in tokenizer.encode_batch(["b", "b"], [False, True])] == [[1], [1]]
+    assert "marks the start of a text" in caplog.text

@@ -272,7 +272,11 @@ function mixing() {
 
 // --- the page
 
-const worst = [...D.ablation].filter(row => row.column !== null).sort((a, b) => b.mean_change - a.mean_change)[0], first = D.skips[0];
+const worst = [...D.ablation].filter(row => row.column !== null && row.mean_change !== null).sort((a, b) => b.mean_change - a.mean_change)[0], first = D.skips[0];
+const missing = (done, of, what) => of === 0 ? el("p", {class: "note"}, "Not measured (--no-per-read).")   // of what needs further passes
+  : done === of ? null : el("p", {class: "note missing"}, D.minutes === null
+    ? `Not measured yet: this page was written before any of the ${of} ${what}, and is written anew once they are measured. If the command was stopped, it stays so.`
+    : `Measured: ${done} of ${of} ${what} within --minutes ${D.minutes}; dashes and hatched cells were not.`);
 const facts = Object.entries({Model: D.model, Residual: D.residual, Size: `${L / 2} Transformer blocks, ${D.parameters.toLocaleString("en")} parameters`, Text: `${T} tokens`, Loss: `${fixed(D.mean_loss, 4)} nats a token over ${T - 1} predictions`,
   Command: D.command, Version: `attnres ${D.version}, torch ${D.torch}`}).flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, name === "Command" ? el("code", {}, value) : value)]);
 
@@ -284,8 +288,8 @@ document.getElementById("app").replaceChildren(
   section("tokens", "The text", null, el("div", {class: "bar"}, average, el("label", {}, "Underlined by", marks)), strip, said),
   section("maps", "Weight and influence", "Rows are layers, columns what they can read. Weight: of all tokens or of the one chosen above. Influence: how much the mean loss changes when that one read goes without that one source, the others sharing its weight in proportion. Weight is not influence: compare the two.",
     el("div", {class: "maps"}, el("div", {}, el("h3", {}, "Weight"), mapOf("Weight", 0, weightCell), mapOf("Weight", 1, weightCell), weightKey),
-      el("div", {}, el("h3", {}, "Influence"), mapOf("Influence", 0, influenceCell), mapOf("Influence", 1, influenceCell), changes.length ? influenceKey : el("p", {class: "note"}, "Not measured (--no-per-read)."))), readout),
-  section("sources", "What each source is worth", "Mean weight where the source is read beside others, and the change of the loss, in nats, when no later layer hears it. At a chosen token: its weights, and the change of the loss of the prediction made there.", worth()),
+      el("div", {}, el("h3", {}, "Influence"), mapOf("Influence", 0, influenceCell), mapOf("Influence", 1, influenceCell), changes.length ? influenceKey : null, missing(D.measured[2], D.measured[3], "cells"))), readout),
+  section("sources", "What each source is worth", "Mean weight where the source is read beside others, and the change of the loss, in nats, when no later layer hears it. At a chosen token: its weights, and the change of the loss of the prediction made there.", worth(), missing(D.measured[0], D.measured[1], "sources")),
   section("learned", "Strongest learned skips", "Reads of neither the embedding nor the newest source with the most weight beyond an equal share, which is where training starts.", skips()),
   section("entropy", "How widely each layer listens", "The exponential of the entropy of a read's weights: as many equally weighted sources would be as spread out.", ...spread()),
   section("sinks", "Sinks", "Sources that hold more than an equal share wherever they are read, and tokens whose layers listen most narrowly: 0 % is equal weights, 100 % one source in every read.", sinks()),

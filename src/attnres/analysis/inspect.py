@@ -7,6 +7,7 @@ Weights are those of `depth_weights` as the model runs. Influence is measured: s
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,8 +38,9 @@ class Inspection:
 
     reads: of layer 0 .. L - 1 and of the output; loss [T - 1]: nats for the prediction made at each position;
     sources: those that can be left out; source_change [sources, T - 1]: change of the loss, in nats, without that one
-    in every read that has it beside others; read_change: per read and source the change of the mean loss without it in
-    that read alone, None for a read with one source, None altogether where it was not measured;
+    in every read that has it beside others, NaN where there was no time for it; read_change: per read and source the
+    change of the mean loss without it in that read alone, None where there was no time, for a read with one source, and
+    altogether where it was not asked for;
     mixing: [L + 1, L + 1], weights of the embedding and of every layer output in what each layer reads.
     """
 
@@ -46,18 +48,33 @@ class Inspection:
     loss: Tensor
     sources: list[int]
     source_change: Tensor
-    read_change: list[list[float] | None] | None
+    read_change: list[list[float | None] | None] | None
     mixing: Tensor
+
+    @property
+    def measured(self) -> tuple[int, int, int, int]:
+        """(sources measured in every read, of how many; sources measured in single reads, of how many)."""
+        single = [change for read in self.read_change or [] for change in read or []]
+        whole = int((~self.source_change.isnan()).any(1).sum())
+        return whole, len(self.sources), sum(change is not None for change in single), len(single)
 
 
 def inspect(
-    model: nn.Module, tokens: Tensor, *, per_read: bool = True, progress: Progress = lambda *_: None
+    model: nn.Module,
+    tokens: Tensor,
+    *,
+    per_read: bool = True,
+    minutes: float = math.inf,
+    listened: Callable[[Inspection], object] = lambda found: None,
+    progress: Progress = lambda *_: None,
 ) -> Inspection:
     """Looks inside a model while it reads token ids [T], T at least 2.
 
     Args:
         model: a `Decoder`, or a transformers model with a depth-attention residual connection, native or converted.
         per_read: also leave out every source of every read alone.
+        minutes: how long sources may be left out; what is not measured by then stays so.
+        listened: called once the weights are known, before sources are left out, with what is known then.
         progress: called with what is measured, how much of it is done, of how much, and the share of the work that it
             was.
 
@@ -78,17 +95,20 @@ def inspect(
             first = {cut.source: cut.first for cut in reversed(pairs)}
             sources = sorted(first, key=lambda n: (n == PARTIAL, n))
             cuts = [*(Cut(n, None, first[n]) for n in sources), *(pairs if per_read else [])]
-            present = [read.sources for read in reads]
-            change = losses_without(model, residual, tokens, present, states, cuts, progress) - loss
+            mixing = _mixing(model, residual, reads, tokens)
+
+            def found(change: Tensor) -> Inspection:
+                by_read: list[list[float | None] | None] | None = None
+                if per_read:
+                    means = iter([None if math.isnan(x) else x for x in change[len(sources) :].mean(1).tolist()])
+                    by_read = [[next(means) for _ in r.sources] if len(r.sources) > 1 else None for r in reads]
+                return Inspection(reads, loss, sources, change[: len(sources)], by_read, mixing)
+
+            listened(found(torch.full((len(cuts), len(loss)), math.nan)))
+            present, deadline = [read.sources for read in reads], time.monotonic() + 60 * minutes
+            return found(losses_without(model, residual, tokens, present, states, cuts, progress, deadline) - loss)
     finally:
         model.train(training)
-    means = iter(change[len(sources) :].mean(1).tolist())
-    read_change = (
-        [[next(means) for _ in r.sources] if len(r.sources) > 1 else None for r in reads] if per_read else None
-    )
-    return Inspection(
-        reads, loss, sources, change[: len(sources)], read_change, _mixing(model, residual, reads, tokens)
-    )
 
 
 def depth_attention_of(model: nn.Module) -> DepthAttention:

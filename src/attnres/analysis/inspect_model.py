@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch import nn
 
+from .. import json_text, text_file
 from .. import residual as residuals
 from ..errors import UsageError
 from ..residual import DepthAttention
@@ -35,10 +35,7 @@ def read_input(text: str | None, data: Path | None) -> tuple[str, str]:
         name, found = "--text", text or ""
     else:
         name = str(data)
-        try:
-            found = data.read_bytes().decode("utf-8", errors="replace")
-        except OSError as error:
-            raise UsageError(f"--data {data} cannot be read: {error.strerror or error}; give a text file") from error
+        found = text_file.read_text(data, "--data")
     if not found.strip():
         raise UsageError(f"{name} is empty; give a text of a few words or more")
     return found, name
@@ -47,16 +44,19 @@ def read_input(text: str | None, data: Path | None) -> tuple[str, str]:
 def check_folder(folder: Path) -> dict[str, Any]:
     """The settings in a model folder. Raises UsageError where there are none, or no depth attention in them."""
     try:
-        values = json.loads((folder / "config.json").read_bytes())
+        values = json_text.parse_object((folder / "config.json").read_bytes())
     except OSError as error:
         raise UsageError(
             f"{folder} is no model: its config.json cannot be read ({error.strerror}); give the --out of attnres train "
             "or a folder that save_pretrained wrote"
         ) from error
     except ValueError as error:
-        raise UsageError(f"{folder} is no model: its config.json is not JSON; give another folder") from error
-    kind = values.get("model_type") if isinstance(values, dict) else None
-    name = (values.get("model") or {}).get("residual") if kind is None else values.get("residual")
+        raise UsageError(
+            f"{folder} is no model: its config.json cannot be used ({error}); give another folder"
+        ) from error
+    kind = values.get("model_type")
+    shape = values.get("model") if kind is None else values
+    name = shape.get("residual") if isinstance(shape, dict) else None
     if not isinstance(name, str):
         what = f"a {kind!r} model" if kind else "no model with a residual connection by name"
         raise UsageError(f"{folder} holds {what}, without depth attention to look at; convert it with attnres convert")

@@ -50,13 +50,16 @@ def numbers(
     residual: str,
     name: str,
     command: str,
+    minutes: float | None = None,
 ) -> dict[str, Any]:
     """Everything that the page shows, for JSON. Losses are in nats; indices count layers and sources from 0.
 
     columns: what can be read, the embedding first, each with its label and the layers that it adds up. reads: one for
     every layer and, last, the output; of each source its column (for a block's own sum so far, partial, the column that
     the block will have), its mean weight and, where measured, read_change, the change of the mean loss without it
-    there. weights: of every read [sources, tokens].
+    there. weights: of every read [sources, tokens]. measured: sources left out of every read, of how many, and sources
+    left out of single reads, of how many; what is missing has None. minutes: the time that was given to it, None while
+    it is not over.
     """
     mechanism = depth_attention_of(model)
     kinds, layers = _kinds(model, mechanism.num_layers), mechanism.num_layers
@@ -94,6 +97,8 @@ def numbers(
         "focus": _rounded(focus(found.reads)),
         "columns": columns,
         "reads": reads,
+        "measured": list(found.measured),
+        "minutes": minutes,
         "ablation": _ablation(found),
         "skips": _skips(reads),
         "mixing": [_rounded(row) for row in found.mixing],
@@ -167,7 +172,7 @@ def _ablation(found: Inspection) -> list[dict[str, Any]]:
                 "mean_weight": round(weights.mean().item(), 5),
                 "relative_weight": round((weights / equal).mean().item(), 4),
                 "persistence": round((weights > 2 * equal).double().mean().item(), 4),
-                "mean_change": round(change.mean().item(), 6),
+                "mean_change": None if math.isnan(mean := change.mean().item()) else round(mean, 6),
                 "token_weight": _rounded(weights.mean(0)),
                 "change": [*_rounded(change), None],
             }
@@ -202,4 +207,4 @@ def _rounded(values: Any) -> Any:
     if values is None:
         return None
     values = values.tolist() if isinstance(values, torch.Tensor) else values
-    return [round(value, 5) if math.isfinite(value) else None for value in values]
+    return [round(value, 5) if value is not None and math.isfinite(value) else None for value in values]

@@ -12,6 +12,8 @@ out different sources of reads in the same block; what that state holds is one r
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
@@ -56,21 +58,25 @@ def losses_without(
     states: dict[int, State],
     cuts: Sequence[Cut],
     progress: Progress,
+    deadline: float = math.inf,
 ) -> Tensor:
-    """The losses [cuts, T - 1] on token ids [T] with each cut alone.
+    """The losses [cuts, T - 1] on token ids [T] with each cut alone; NaN for cuts that there was no time for.
 
     present: the sources of every read; states: in front of every Transformer block, by its first layer, with nothing
-    left out.
+    left out; deadline: on the clock of time.monotonic. Cuts of every read come first, then those of single reads.
     """
     rows = max(1, min(TOKENS_AT_ONCE, LOGITS_AT_ONCE // _vocabulary(model)) // len(tokens))
     last = residual.num_layers - 2
     starts = [min(cut.first - cut.first % 2, last) for cut in cuts]
     costs = [residual.num_layers - start + _head_in_layers(model, residual) for start in starts]
-    results: list[Tensor] = [torch.empty(0)] * len(cuts)
+    results: list[Tensor] = [torch.full((len(tokens) - 1,), math.nan)] * len(cuts)
     done, spent = 0, 0.0
-    for start, group in groupby(sorted(range(len(cuts)), key=starts.__getitem__), starts.__getitem__):
+    kinds = [(cut.layer is not None, start) for cut, start in zip(cuts, starts, strict=True)]
+    for (_, start), group in groupby(sorted(range(len(cuts)), key=kinds.__getitem__), kinds.__getitem__):
         members = list(group)
         for now in (members[i : i + rows] for i in range(0, len(members), rows)):
+            if time.monotonic() > deadline:
+                return torch.stack(results)
             with _deaf(residual, present, [cuts[i] for i in now]), _starting_at(model, start, states[start]):
                 found = losses(model, tokens.expand(len(now), -1))
             for i, row in zip(now, found, strict=True):

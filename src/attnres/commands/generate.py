@@ -12,6 +12,7 @@ from typing import Annotated
 import torch
 import tyro
 
+from ..errors import UsageError
 from ..model import Decoder
 from ..model.generate import generate
 from ..parallel import inference, mesh
@@ -49,6 +50,11 @@ def run(argv: Sequence[str]) -> int:
     given = flags.parse(GenerateFlags, argv, "generate", tyro.MISSING_NONPROP)
     with _loaded(given.run, given.device) as (model, is_first):
         tokenizer = load_tokenizer_from(given.run)
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise UsageError(
+                f"{given.run / 'tokenizer.json'} knows {tokenizer.vocab_size} tokens and the model "
+                f"{model.config.vocab_size}; put the run's own tokenizer.json back"
+            )
         prompt = torch.tensor(tokenizer.encode(given.prompt).astype("int64"), device=model.embed_tokens.weight.device)
         ids = generate(
             model,

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
 
-from ..analysis.inspect import inspect
+from ..analysis.inspect import Inspection, inspect
 from ..analysis.inspect_model import check_folder, encode, open_model, read_input
 from ..analysis.inspect_page import check_place, numbers, write_inspection
 from ..errors import UsageError
@@ -38,6 +39,9 @@ class InspectFlags:
     """Page to write; the numbers go beside it, as JSON."""
     per_read: bool = True
     """Also leave out each source of each layer alone: a part of a forward pass for every cell of the heat map."""
+    minutes: float = 5.0
+    """Most time to spend on leaving out sources; the page is written before with all that needs none, and says what
+    was not measured."""
     device: str = "auto"
     """Device: auto, cpu, cuda, ..."""
 
@@ -46,6 +50,8 @@ def run(argv: Sequence[str]) -> int:
     given = flags.parse(InspectFlags, argv, "inspect", tyro.MISSING_NONPROP)
     if given.tokens < 2:
         raise UsageError(f"--tokens must be at least 2; it is {given.tokens}")
+    if not 0 < given.minutes < math.inf:
+        raise UsageError(f"--minutes must be a positive number; it is {given.minutes}")
     text, name = read_input(given.text, given.data)
     check_folder(given.model)
     check_place(given.out)
@@ -53,18 +59,35 @@ def run(argv: Sequence[str]) -> int:
     opened = open_model(given.model, given.tokenizer, given.device)
     ids = encode(opened, text, name, given.tokens, cut=given.data is not None)
     tokens = torch.from_numpy(ids).to(next(opened.model.parameters()).device)
-    found = inspect(opened.model, tokens, per_read=given.per_read, progress=_Progress())
-    values = numbers(
-        found,
-        opened.model,
-        ids.tolist(),
-        opened.tokenizer,
-        residual=opened.residual,
-        name=str(given.model),
-        command=shlex.join(["attnres", "inspect", *argv]),
-    )
-    page, data = write_inspection(values, given.out)
-    print(f"loss {values['mean_loss']:.4f} nats a token over {len(ids) - 1} predictions; wrote {page} and {data}")
+
+    def write(found: Inspection, minutes: float | None = None) -> str:
+        values = numbers(
+            found,
+            opened.model,
+            ids.tolist(),
+            opened.tokenizer,
+            residual=opened.residual,
+            name=str(given.model),
+            command=shlex.join(["attnres", "inspect", *argv]),
+            minutes=minutes,
+        )
+        page, data = write_inspection(values, given.out)
+        return f"loss {values['mean_loss']:.4f} nats a token over {len(ids) - 1} predictions; wrote {page} and {data}"
+
+    def listened(found: Inspection) -> None:
+        print(f"{write(found)}, where each layer listens; now leaving out sources", file=sys.stderr, flush=True)
+
+    options: dict[str, Any] = dict(per_read=given.per_read, minutes=given.minutes)
+    found = inspect(opened.model, tokens, **options, listened=listened, progress=_Progress())
+    said = write(found, given.minutes)
+    sources, of_sources, reads, of_reads = found.measured
+    if sources + reads < of_sources + of_reads:
+        print(
+            f"measured {sources + reads} of {of_sources + of_reads} ablations in {given.minutes:g} minutes; raise "
+            "--minutes, read fewer --tokens or pass --no-per-read for all of them",
+            file=sys.stderr,
+        )
+    print(said)
     return 0
 
 

@@ -112,7 +112,7 @@ def read_config(folder: str | Path) -> Any:
     register_architectures()
     try:
         return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{folder} has no config that can be read: {first_line(error)}") from error
 
 

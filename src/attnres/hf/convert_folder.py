@@ -10,24 +10,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.dynamic_module_utils import get_relative_import_files
 
+from .. import json_text
 from ..errors import Failure, UsageError
 from .convert import convert, load_weights, read_config
 
 TOLERANCE = 1e-4
 """Largest difference of logits in single precision that counts as the same function, relative to the largest logit."""
 
-_TOKENIZER_FILES = (
-    "*chat_template*",
-    "*.model",
-    "*.tiktoken",
-    "added_tokens.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "tekken.json",
-    "tokenizer*",
-    "vocab*",
+_NOT_KEPT = (
+    *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt*", "*.h5", "*.msgpack", "*.ot", "*.onnx*", "*.gguf", "*.npz"),
+    *("*.tflite", "*.index.json", "adapter_config.json", "*.py", ".*"),
 )
+"""Weights in other forms and code, both of the original model. All other files of a folder are kept."""
+_KEPT_FOLDERS = ("*chat_template*", "tokenizer*", "vocab*")
 _log = logging.getLogger("attnres")
 
 
@@ -48,7 +45,9 @@ def convert_folder(
     report: Callable[[str], None] = _log.info,
     **options: Any,
 ) -> dict[str, Any]:
-    """Converts the causal language model in folder `src` and writes it, with its tokenizer, to the new folder `dst`.
+    """Converts the causal language model in folder `src` and writes it to the new folder `dst`.
+
+    What else is in the folder comes along: the tokenizer and its code, licence, model card.
 
     The weights are written as they are stored, in their dtype. Before that the original and the converted model run
     on the same sample tokens in single precision, and `report` gets one line with the largest difference of their
@@ -148,9 +147,7 @@ def _write(model: Any, source: Path, destination: Path) -> None:
     try:
         partial.mkdir(parents=True)
         model.save_pretrained(partial)
-        for path in sorted(source.iterdir()):
-            if any(path.match(pattern) for pattern in _TOKENIZER_FILES) and not (partial / path.name).exists():
-                (shutil.copytree if path.is_dir() else shutil.copyfile)(path, partial / path.name)
+        _keep_others(source, partial)
         if destination.is_dir():
             destination.rmdir()
         partial.rename(destination)
@@ -158,3 +155,32 @@ def _write(model: Any, source: Path, destination: Path) -> None:
         raise Failure(f"cannot write {destination}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _keep_others(source: Path, destination: Path) -> None:
+    """Copies what is beside the weights in `source` and not in `destination`: tokenizer, licence, model card."""
+    code = _tokenizer_code(source)
+    for path in sorted(source.iterdir()):
+        if (destination / path.name).exists():
+            continue
+        if path.is_dir():
+            if any(path.match(pattern) for pattern in _KEPT_FOLDERS):
+                shutil.copytree(path, destination / path.name)
+        elif path in code or (path.is_file() and not any(path.match(pattern) for pattern in _NOT_KEPT)):
+            shutil.copyfile(path, destination / path.name)
+
+
+def _tokenizer_code(folder: Path) -> set[Path]:
+    """The files of code that the tokenizer's or processor's settings name, and what those import beside them."""
+    found: set[Path] = set()
+    for name in ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):
+        try:
+            named = json_text.parse_object((folder / name).read_bytes()).get("auto_map")
+        except (OSError, ValueError):  # the conversion does not need it
+            continue
+        named = list(named.values()) if isinstance(named, dict) else []
+        classes = [c for value in named for c in (value if isinstance(value, list) else [value])]
+        files = [folder / f"{c.split('.')[0]}.py" for c in classes if isinstance(c, str)]
+        for file in (file for file in files if file.is_file()):
+            found |= {file, *map(Path, get_relative_import_files(file))}
+    return found

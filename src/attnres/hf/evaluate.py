@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from .. import __version__
 from ..errors import Failure, UsageError
 from .architectures import TYPE_PREFIX
 from .configuration import AttnResConfig
-from .convert import load
+from .convert import first_line, load, load_weights
 from .modeling import AttnResForCausalLM
 from .perplexity import perplexity, read_text
 from .runs import is_run
+from .vocabulary import check_vocabulary, open_tokenizer
 
 TASK_KEYS = ("results", "groups", "versions", "n-shot", "n-samples")
 
@@ -102,16 +103,14 @@ def open_model(name: str | Path, *, device: str | None = None, dtype: str = "aut
     else:
         try:
             model_type = AutoConfig.from_pretrained(name).model_type
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{name} is no model: {str(error).strip().splitlines()[0]}") from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise UsageError(f"{name} is no model: {first_line(error)}") from error
         if model_type == AttnResConfig.model_type or model_type.startswith(TYPE_PREFIX):
             model = load(name, **options)
         else:
-            model = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, **options)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{name} has no tokenizer; save it there with tokenizer.save_pretrained") from error
+            model = load_weights(AutoModelForCausalLM, name, dropped=True, **options)
+    tokenizer = open_tokenizer(name)
+    check_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings, name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return model.to(device).eval(), tokenizer

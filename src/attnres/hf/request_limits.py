@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from .. import json_text
 from ..errors import UsageError
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -110,12 +111,12 @@ class Gate:
             if len(data) > MAX_BODY:
                 return await _refuse(send, 413, f"the request must not exceed {MAX_BODY} bytes")
         try:
-            body = json.loads(data)
+            body = json_text.parse(data)
             if isinstance(body, dict):
                 data = json.dumps(self.limits.apply(path, body)).encode()
         except UsageError as error:
             return await _refuse(send, 400, str(error))
-        except (ValueError, RecursionError):
+        except ValueError:
             pass  # the server says what is wrong with the JSON
         unread = [{"type": "http.request", "body": data, "more_body": False}]
 

@@ -1,9 +1,9 @@
 """The output folder of `attnres train`, as a source of models: its configuration, checkpoint and tokenizer."""
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
+from .. import json_text
 from ..errors import Failure, UsageError
 from ..model import DecoderConfig
 
@@ -62,7 +62,7 @@ def _root(folder: Path) -> Path:
 
 def _settings(root: Path) -> dict:
     try:
-        values = json.loads((root / "config.json").read_bytes())
+        values = json_text.parse((root / "config.json").read_bytes())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

@@ -20,6 +20,7 @@ from .convert import first_line, read_config
 from .modeling import AttnResForCausalLM
 from .request_limits import COMPLETIONS, Gate, Limits
 from .runs import is_run, open_run
+from .vocabulary import check_vocabulary, open_tokenizer
 
 LLM = Modality.LLM
 PAGE = 256
@@ -141,9 +142,16 @@ def _by_short_name(folder: str | Path) -> Iterator[str]:
         link = Path(place) / name
         if is_run(path):
             AttnResForCausalLM.from_run(path).save_pretrained(link)
-            AutoTokenizer.from_pretrained(open_run(path).folder).save_pretrained(link)
+            run = open_run(path)
+            tokenizer = AutoTokenizer.from_pretrained(run.folder)
+            check_vocabulary(tokenizer, run.config.vocab_size, path)
+            tokenizer.save_pretrained(link)
         else:
-            read_config(path)
+            size = read_config(path).get_text_config().vocab_size
+            try:
+                check_vocabulary(open_tokenizer(path), size, path)
+            except UsageError as error:
+                raise UsageError(f"{folder} cannot be served: {error}") from error
             link.symlink_to(path)
         with contextlib.chdir(place):
             yield name

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .. import json_text
 from ..analysis.dynamics_figure import dynamics_figure
 from ..analysis.dynamics_page import write_page
 from ..analysis.figures import save, write_figures
@@ -75,10 +76,10 @@ def train_and_watch(config: TrainConfig) -> dict[str, Any]:
 def read_dynamics(file: Path) -> dict[str, list[Any]]:
     """The records of a run by step; of steps that a resumed run repeated the last is kept."""
     by_step: dict[int, dict[str, Any]] = {}
-    for line in file.read_text().splitlines():
+    for line in file.read_bytes().splitlines():
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError:  # the run was killed while it wrote
+            record = json_text.parse_object(line)
+        except ValueError:  # the run was killed while it wrote
             continue
         by_step[record["step"]] = record
     records = [by_step[step] for step in sorted(by_step)]

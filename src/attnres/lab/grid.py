@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from .. import json_text
 from ..analysis.style import require_matplotlib
 from ..errors import Failure, UsageError
 from ..train import hardware
@@ -93,7 +94,10 @@ def run_grid(
     results: dict[int, dict[str, Any]] = {}
     for i, cell in enumerate(cells):
         if (file := cell.config.out / "result.json").exists():
-            results[i] = json.loads(file.read_text())
+            try:
+                results[i] = json_text.parse_object(file.read_bytes())
+            except (OSError, ValueError) as error:
+                raise Failure(f"{file} cannot be read ({error}); remove it, and the run is measured again") from error
     grid = _Grid(cells, jobs, results, keep_checkpoints, measure)
     try:
         grid.run(None if minutes is None else time.monotonic() + 60 * minutes)

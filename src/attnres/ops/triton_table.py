@@ -8,13 +8,13 @@ has measured them. ATTNRES_LAUNCH names a JSON file, as tune.py writes it, whose
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from .. import json_text
 from ..errors import UsageError
 
 
@@ -111,7 +111,7 @@ def _load(file: Path) -> None:
     try:
         loaded = {
             kernel: {int(width): Line(**values) for width, values in widths.items()}
-            for kernel, widths in json.loads(file.read_text())["table"].items()
+            for kernel, widths in json_text.parse_object(file.read_bytes())["table"].items()
         }
         if unknown := sorted(set(loaded) - set(TABLE)):
             raise KeyError(", ".join(unknown))

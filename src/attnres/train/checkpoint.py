@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .. import json_text
 from ..errors import Failure, UsageError
 from .nested import Tensors, decode, encode
 from .rng import rng_state, set_rng_state
@@ -265,7 +266,7 @@ def _verify(path: Path) -> dict[str, Any]:
     """The contents of state.json, once all files are known to be whole; Failure names the one that is not."""
     file = path / STATE
     try:
-        manifest = json.loads(file.read_bytes())
+        manifest = json_text.parse_object(file.read_bytes())
         if manifest.pop("sha256") != _checksum(manifest):
             raise ValueError("its checksum differs")
         if manifest["format"] not in (PLAIN, SHARDED):

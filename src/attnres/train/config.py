@@ -37,12 +37,12 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How the run is split over processes, which torchrun starts."""
     data: str = "stdlib"
-    """Corpus: "stdlib" (the Python standard library's source), a text, JSONL or Parquet file, a folder, or the name of
-    a Hugging Face dataset."""
+    """Corpus: "stdlib" (the Python standard library's source), a text, JSON, CSV or Parquet file, a folder, or the name
+    of a Hugging Face dataset."""
     tokenizer: str = "bytes"
     """Tokens: "bytes", a tokenizer.json, a Hugging Face name, or "train:VOCAB" to train a BPE of that size."""
     text_column: str = "text"
-    """Field that holds the text in JSONL, Parquet and datasets."""
+    """Field that holds the text in JSON, CSV, Parquet and datasets; a.b is the field b of the objects in a."""
     out: Path = Path("runs/train")
     """Folder of the run: config.json, metrics.jsonl, tensorboard/, checkpoints/."""
     steps: int = 180

@@ -8,8 +8,6 @@ Design choices
 from __future__ import annotations
 
 import hashlib
-import itertools
-import json
 import logging
 import os
 import platform
@@ -21,17 +19,25 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..text_file import why_no_text
+from . import records
+from .pieces import COMPRESSIONS, cut, kind, pieces
 
 LOGGER = logging.getLogger(__name__)
-RECORD_SUFFIXES = (".jsonl", ".ndjson", ".parquet")
+RECORD_SUFFIXES = (*records.LINE_SUFFIXES, records.PARQUET)
+# What holds records in a folder of its own, and beside text is as likely a program's settings or a table.
+MAYBE_RECORD_SUFFIXES = (".json", *records.TABLE_SUFFIXES)
 TEXT_SUFFIXES = (
     *(".txt", ".text", ".md", ".rst", ".tex", ".html", ".htm", ".xml", ".py", ".pyi", ".c", ".h", ".cc", ".cpp"),
     *(".hpp", ".cu", ".cuh", ".rs", ".go", ".java", ".kt", ".scala", ".js", ".ts", ".sh", ".sql", ".r", ".jl", ".lua"),
     *(".rb", ".php", ".swift", ".hs", ".ml"),
 )
+# What a folder of records says about itself.
+CARDS = re.compile(
+    r"(readme|licen[cs]e|copying|notice|citation|changelog|changes|dataset_infos?|config)\b", re.IGNORECASE
+)
 # Many distributions install the library without its tests, and site-packages is not the library.
 NOT_THE_LIBRARY = ("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__")
-PIECE_BYTES = 2**20
 
 # The key that decides a document's side of the split, and its UTF-8 text in pieces that are not empty and cut no
 # character.
@@ -57,7 +63,7 @@ def open_source(data: str, text_column: str) -> Source:
     Files are hashed here and read for good by `documents`. Raises UsageError where `data` is absent, binary, of an
     unknown kind, or needs a package that is missing; malformed records raise it once they are reached.
     """
-    known = (*RECORD_SUFFIXES, *TEXT_SUFFIXES)
+    known = (*RECORD_SUFFIXES, *MAYBE_RECORD_SUFFIXES, *TEXT_SUFFIXES)
     if data == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
         files = [path for path in _walk(root, excluded=NOT_THE_LIBRARY) if path.suffix == ".py"]
@@ -66,18 +72,17 @@ def open_source(data: str, text_column: str) -> Source:
         return _files_source(f"python-{platform.python_version()}-stdlib", root, files, text_column)
     path = Path(data).expanduser()
     if path.is_file():
-        if path.suffix.lower() not in ("", *known):
-            raise UsageError(f"--data {data} has an unknown suffix; rename it to one of {' '.join(known)}")
+        if not _is_known(path) and kind(path):
+            raise UsageError(
+                f"--data {data} has an unknown suffix; rename it to one of {' '.join(known)}, "
+                f"with {' '.join(COMPRESSIONS)} behind it where it is compressed"
+            )
         return _files_source(path.name, path.parent, [path], text_column)
     if data and path.is_dir():
         if (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
             return _dataset_source(data, lambda library: library.load_from_disk(str(path)), text_column)
-        files = [file for file in _walk(path) if file.suffix.lower() in known]
-        if not files:
-            raise UsageError(f"--data {data} is a folder without a file that is read: one of {' '.join(known)}")
-        records = [file for file in files if file.suffix.lower() in RECORD_SUFFIXES]
-        return _files_source(path.resolve().name, path, records or files, text_column)
-    if path.suffix.lower() in known or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?", data):
+        return _files_source(path.resolve().name, path, _chosen(_walk(path), data), text_column)
+    if kind(path) in known or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?", data):
         raise UsageError(
             f"--data {data!r} does not exist; give a text, JSONL or Parquet file, a folder or a Hub dataset"
         )
@@ -85,104 +90,107 @@ def open_source(data: str, text_column: str) -> Source:
     return _dataset_source(data, lambda library: library.load_dataset(name, config or None, split="train"), text_column)
 
 
+def _is_known(path: Path) -> bool:
+    suffix = kind(path)
+    if suffix == records.PARQUET:  # compressed inside
+        return path.suffix.lower() == suffix
+    return suffix in (*RECORD_SUFFIXES, *MAYBE_RECORD_SUFFIXES, *TEXT_SUFFIXES)
+
+
 def _walk(root: Path, excluded: tuple[str, ...] = ()) -> list[Path]:
-    """Visible files under `root` in the order of their paths inside it, which is the same on every machine."""
-    files = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in excluded and not name.startswith(".")]
+    """Visible files under `root`, links followed, in the order of their paths inside it: the same on every machine.
+
+    A folder to which several paths lead is read once, under the first of them. Raises UsageError for a folder that
+    cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UsageError(f"the folder {error.filename} cannot be read: {error.strerror}; leave it out of the corpus")
+
+    files, seen = [], {_identity(root)}
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=refuse):
+        inside = sorted(name for name in subfolders if name not in excluded and not name.startswith("."))
+        new: list[str] = []
+        for name in sorted(inside, key=lambda name: os.path.islink(Path(folder, name))):  # the folder before its links
+            if (identity := _identity(Path(folder, name))) not in seen:
+                seen.add(identity)
+                new.append(name)
+        subfolders[:] = sorted(new)
         files += [Path(folder, name) for name in names if not name.startswith(".")]
+    if lost := [file for file in files if file.is_symlink() and not file.exists()]:
+        LOGGER.warning("%s: %d links lead nowhere, such as %s", root, len(lost), lost[0])
     return sorted((file for file in files if file.is_file()), key=lambda file: file.relative_to(root).as_posix())
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    found = folder.stat()
+    return found.st_dev, found.st_ino
+
+
+def _chosen(files: list[Path], data: str) -> list[Path]:
+    """The files of a folder that are its corpus: records or texts, never both."""
+    known = [file for file in files if _is_known(file)]
+    if not known:
+        suffixes = " ".join((*RECORD_SUFFIXES, *MAYBE_RECORD_SUFFIXES, *TEXT_SUFFIXES))
+        raise UsageError(f"--data {data} is a folder without a file that is read: one of {suffixes}")
+    cards = {file for file in known if CARDS.match(file.name)}
+    sure = [file for file in known if kind(file) in RECORD_SUFFIXES]
+    maybe = [file for file in known if kind(file) in MAYBE_RECORD_SUFFIXES and file not in cards]
+    texts = [file for file in known if kind(file) in TEXT_SUFFIXES]
+    if sure and (more := [file for file in texts if file not in cards]):
+        raise UsageError(
+            f"--data {data} holds both texts ({len(more)}, such as {more[0].name}) and records ({len(sure)}, such as "
+            f"{sure[0].name}); give a folder with one of them, or a file"
+        )
+    if sure:
+        chosen = sure
+    elif texts and not (cards.issuperset(texts) and maybe):
+        chosen = texts
+    else:
+        chosen = maybe or known
+    kept = set(chosen)
+    if left := [file for file in files if file not in kept]:
+        LOGGER.warning("%s: %d of %d files are no part of the corpus, such as %s", data, len(left), len(files), left[0])
+    return chosen
 
 
 def _files_source(name: str, root: Path, files: list[Path], text_column: str) -> Source:
     digest, text_bytes = hashlib.blake2b(text_column.encode(), digest_size=16), 0
     kept: list[tuple[bytes, Path]] = []
-    binary: list[Path] = []
+    refused: list[tuple[Path, str]] = []
     for path in files:
-        content, is_text = hashlib.blake2b(digest_size=16), True
-        for piece in _pieces(path):
+        content, problem = hashlib.blake2b(digest_size=16), None
+        for piece in pieces(path):
             content.update(piece)
-            is_text = is_text and (path.suffix.lower() == ".parquet" or _is_text(piece))
-        if not is_text:
-            binary.append(path)
+            text_bytes += len(piece)
+            if problem is None and kind(path) != records.PARQUET:
+                problem = why_no_text(piece)
+        if problem is not None:
+            refused.append((path, problem))
             continue
         inside = path.relative_to(root).as_posix().encode("utf-8", "surrogateescape")
         digest.update(inside + b"\0" + content.digest())
-        text_bytes += path.stat().st_size
         kept.append((inside, path))
-    if not kept:
-        raise UsageError(f"--data {name} is binary (NUL bytes or not UTF-8); convert it to UTF-8 text")
-    if binary:
-        LOGGER.warning("%s: skipped %d binary files (NUL bytes or not UTF-8), such as %s", name, len(binary), binary[0])
+    if refused:
+        path, problem = refused[0]
+        if not kept:
+            raise UsageError(f"--data file {path} {problem}")
+        LOGGER.warning("%s: skipped %d files that are no UTF-8 text; %s %s", name, len(refused), path, problem)
 
     def documents() -> Iterator[Document]:
         for inside, path in kept:
-            if path.suffix.lower() == ".parquet":
-                yield from _records(_parquet_texts(path, text_column))
-            elif path.suffix.lower() in RECORD_SUFFIXES:
-                yield from _records(_jsonl_texts(path, text_column))
+            if kind(path) in TEXT_SUFFIXES or not kind(path):
+                yield inside, pieces(path)
             else:
-                yield inside, _pieces(path)
+                yield from _records(records.values(path, text_column))
 
-    is_parquet = any(path.suffix.lower() == ".parquet" for _, path in kept)
+    is_parquet = any(kind(path) == records.PARQUET for _, path in kept)
     return Source(name, digest.hexdigest(), None if is_parquet else text_bytes, documents)
 
 
-def _pieces(path: Path) -> Iterator[bytes]:
-    """A file in pieces of about a mebibyte that end with a line: none cuts a character and few cut a BPE token."""
-    try:
-        with open(path, "rb") as file:
-            while lines := file.readlines(PIECE_BYTES):
-                yield b"".join(lines)
-    except OSError as error:
-        raise UsageError(f"--data file {path} cannot be read: {error.strerror}") from error
-
-
-def _is_text(piece: bytes) -> bool:
-    try:
-        return "\0" not in piece.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-
-
-def _records(texts: Iterable[tuple[str, Any]]) -> Iterator[Document]:
-    for place, text in texts:
-        if not isinstance(text, str | None):
-            raise UsageError(f"{place} holds {type(text).__name__}, not text; name the right column with text_column")
-        # JSON may spell lone surrogates, which have no UTF-8 form.
-        content = (text or "").encode("utf-8", errors="replace")
-        yield content, [content] if content else []
-
-
-def _jsonl_texts(path: Path, column: str) -> Iterator[tuple[str, Any]]:
-    lines = itertools.chain.from_iterable(piece.splitlines() for piece in _pieces(path))
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise UsageError(f"line {number} of {path} is not JSON ({error}); give one JSON object a line") from error
-        if not isinstance(record, dict):
-            raise UsageError(f"line {number} of {path} is not a JSON object; give one JSON object a line")
-        _require_column(column, record, f"line {number} of {path}")
-        yield f"column {column!r} in line {number} of {path}", record[column]
-
-
-def _parquet_texts(path: Path, column: str) -> Iterator[tuple[str, Any]]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise UsageError(f"--data file {path} needs the package datasets: pip install 'attnres[train]'") from error
-    try:
-        with parquet.ParquetFile(path) as file:
-            _require_column(column, file.schema_arrow.names, str(path))
-            for batch in file.iter_batches(batch_size=1024, columns=[column]):
-                for text in batch.column(0).to_pylist():
-                    yield f"column {column!r} of {path}", text
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UsageError(f"--data file {path} is no readable Parquet, give another: {_first_line(error)}") from error
+def _records(found: Iterable[records.Placed]) -> Iterator[Document]:
+    for text in records.texts(found):
+        yield text, cut([text])
 
 
 def _dataset_source(name: str, load: Callable[[Any], Any], column: str) -> Source:
@@ -197,7 +205,7 @@ def _dataset_source(name: str, load: Callable[[Any], Any], column: str) -> Sourc
         dataset = load(datasets)
     except Exception as error:  # no network, no such name, gated, no config chosen: each has its own class there
         raise UsageError(
-            f"--data {name} is no file or folder of text, and datasets cannot load it: {_first_line(error)}"
+            f"--data {name} is no file or folder of text, and datasets cannot load it: {records.first_line(error)}"
         ) from error
     if isinstance(dataset, dict):
         if "train" not in dataset:
@@ -205,19 +213,11 @@ def _dataset_source(name: str, load: Callable[[Any], Any], column: str) -> Sourc
                 f"--data {name} has no split 'train', only {sorted(dataset)}; give the folder of one split"
             )
         dataset = dataset["train"]
-    _require_column(column, dataset.column_names, f"--data {name}")
-
-    def texts() -> Iterator[tuple[str, Any]]:
-        for batch in dataset.select_columns([column]).iter(batch_size=1024):
-            yield from ((f"column {column!r} of {name}", text) for text in batch[column])
-
-    return Source(Path(name).name, f"{dataset._fingerprint} {column}", None, lambda: _records(texts()))
-
-
-def _require_column(column: str, found: Iterable[str], place: str) -> None:
-    if column not in found:
-        raise UsageError(f"{place} has no column {column!r}, only {sorted(found)}; name one with text_column")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+    top = column if column in dataset.column_names else column.partition(".")[0]
+    records.require_column(top, dataset.column_names, f"--data {name}", column)
+    return Source(
+        Path(name).name,
+        f"{dataset._fingerprint} {column}",
+        None,
+        lambda: _records(records.of_dataset(dataset, name, column)),
+    )

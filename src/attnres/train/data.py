@@ -1,9 +1,9 @@
 """A corpus as tokens, split into training and validation, from the cache where it has them.
 
 Design choices
-- SHA-256 tells validation from train: of the path inside the corpus for text files, of the text for records (JSONL,
-  Parquet, datasets). So every copy of a corpus splits alike and duplicate records stay on one side. Where that leaves
-  a side empty (a single file, a few documents), the end of the corpus is held out instead.
+- SHA-256 tells validation from train: of the path inside the corpus for text files, of the text for records (JSON,
+  CSV, Parquet, datasets). So every copy of a corpus splits alike and duplicate records stay on one side. Where that
+  leaves a side empty (a single file, a few documents), the end of the corpus is held out instead.
 - A cache entry is one file: a header line, the training tokens, the validation tokens. Its name is a hash of the
   inputs' content (their paths inside the corpus included), the tokenizer and the split.
 """
@@ -26,14 +26,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from .. import json_text
 from ..errors import UsageError
 from .batches import Batches, validation_batches
 from .cache import cached
-from .corpora import PIECE_BYTES, Source, open_source
+from .corpora import Source, open_source
+from .pieces import PIECE_BYTES
 from .tokenizer import Tokenizer, load_tokenizer
 
 __all__ = ["Batches", "Corpus", "default_cache_dir", "load_corpus", "validation_batches"]
@@ -57,10 +59,13 @@ def load_corpus(
     `data` is one of
     - None or "stdlib": the .py files of this Python's standard library, without its tests;
     - a UTF-8 text file: one with a suffix of TEXT_SUFFIXES or with none;
-    - a JSONL (.jsonl, .ndjson) or Parquet file: a document per record, in its column `text_column`;
+    - a JSONL (.jsonl, .ndjson), JSON (a list of objects, or one a line), CSV, TSV or Parquet file: a document per
+      record, in its column `text_column`; "a.b" is the field b of the objects in a;
+    - either of them compressed: .gz, .bz2, .xz or .zst behind its suffix (but for Parquet);
     - a folder that `datasets` saved with save_to_disk: its split "train", or all of it where it has no splits;
-    - any other folder: its JSONL and Parquet files or, where it has none, its files with a suffix of TEXT_SUFFIXES;
-      hidden files are left out and binary ones are skipped with a note;
+    - any other folder: its JSONL and Parquet files, its text files, or its other records, the first of these that it
+      has; JSONL or Parquet beside texts that are more than a card (README, LICENSE) is refused. Hidden files are left
+      out, links are followed, and what is no part of the corpus or no UTF-8 is told;
     - NAME or NAME:CONFIG of a dataset on the Hugging Face Hub: its split "train".
 
     `tokenizer`: see `load_tokenizer`. "train:VOCAB" learns from the training documents only, unless the corpus has too
@@ -81,7 +86,9 @@ def load_corpus(
         yield from everything if first is None else itertools.chain([first], training)
 
     encoder = load_tokenizer(tokenizer, training_text, cache_dir)
-    identity = [CACHE_FORMAT, source.fingerprint, encoder.fingerprint, validation_fraction]
+    identity: list[Any] = [CACHE_FORMAT, source.fingerprint, encoder.fingerprint, validation_fraction]
+    if encoder.marks_starts:
+        identity.append("marks one start a document")  # older caches may hold one in every mebibyte
     key = hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()
     train, validation = cached(
         cache_dir / "tokens" / f"{key}.tokens",
@@ -116,7 +123,7 @@ def default_cache_dir() -> Path:
 def _read_cache(path: Path, key: str) -> tuple[np.ndarray, np.ndarray] | None:
     try:
         with open(path, "rb") as file:
-            header = json.loads(file.read(HEADER_BYTES))
+            header = json_text.parse_object(file.read(HEADER_BYTES))
             dtype, train, validation = np.dtype(header["dtype"]), header["train"], header["validation"]
             end = HEADER_BYTES + (train + validation) * dtype.itemsize
             if (header["key"], path.stat().st_size) == (key, end) and _checksum(file) == header["crc32"]:
@@ -139,8 +146,8 @@ def _write_cache(file: BinaryIO, key: str, source: Source, tokenizer: Tokenizer,
         _progress(f"tokenising {source.name}", source.text_bytes) as advance,
     ):
         for batch in _text_batches(source, fraction):
-            encoded = tokenizer.encode_batch([text for _, text in batch])
-            for (held_out, text), ids in zip(batch, encoded, strict=True):
+            encoded = tokenizer.encode_batch([piece.text for piece in batch], [piece.goes_on for piece in batch])
+            for (held_out, _, text), ids in zip(batch, encoded, strict=True):
                 side = held_out_file if held_out else file
                 side.write((ids if text else end).astype(dtype).tobytes())
                 advance(len(text))
@@ -160,20 +167,29 @@ def _write_cache(file: BinaryIO, key: str, source: Source, tokenizer: Tokenizer,
     file.write(json.dumps(header).encode().ljust(HEADER_BYTES - 1) + b"\n")
 
 
-def _text_batches(source: Source, fraction: float) -> Iterator[list[tuple[bool, bytes]]]:
-    """All text as pairs (held out?, piece), an empty piece at the end of each document, in batches to encode."""
-    batch: list[tuple[bool, bytes]] = []
+class Piece(NamedTuple):
+    """A part of a document; goes_on: not its first. An empty text ends a document."""
+
+    held_out: bool
+    goes_on: bool
+    text: bytes
+
+
+def _text_batches(source: Source, fraction: float) -> Iterator[list[Piece]]:
+    """All text in batches to encode."""
+    batch: list[Piece] = []
     size = 0
     for key, pieces in source.documents():
-        held_out, piece = _held_out(key, fraction), b""
+        held_out, goes_on, piece = _held_out(key, fraction), False, b""
         for piece in pieces:
-            batch.append((held_out, piece))
+            batch.append(Piece(held_out, goes_on, piece))
+            goes_on = True
             size += len(piece)
             if size >= BATCH_BYTES:
                 yield batch
                 batch, size = [], 0
         if piece:
-            batch.append((held_out, b""))
+            batch.append(Piece(held_out, False, b""))
     if batch:
         yield batch
 

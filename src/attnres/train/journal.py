@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from .. import json_text
 from ..errors import Failure
 from .event_file import EventFile
 
@@ -102,10 +103,10 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
     """The records of a run, oldest first; a half-written last line is left out."""
     path = out / "metrics.jsonl"
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            records.append(json_text.parse_object(line))
+        except ValueError:
             break
     return records
 

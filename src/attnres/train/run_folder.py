@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from .. import json_text
 from ..errors import Failure, UsageError
 from ..model import Decoder
 from . import checkpoint, hardware
@@ -77,11 +78,9 @@ def read_config(path: Path) -> TrainConfig:
     if not os.path.exists(file):
         raise UsageError(f"{path} is not a run: it has no config.json; give the --out of an `attnres train`")
     try:
-        values = json.loads(file.read_text())
+        values = json_text.parse_object(file.read_bytes())
     except (OSError, ValueError) as error:
         raise Failure(f"{file} cannot be read: {error}; give another run") from error
-    if not isinstance(values, dict):
-        raise Failure(f"{file} is damaged: it holds no settings; give another run")
     return TrainConfig.from_dict(values)
 
 

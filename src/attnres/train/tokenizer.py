@@ -10,26 +10,31 @@ Design choices
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import re
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from .. import json_text
 from ..errors import UsageError
 from .cache import cached, write_text, write_whole, writing
+from .pieces import cut, cut_words
 
 LOGGER = logging.getLogger(__name__)
 END_OF_DOCUMENT = "<|endoftext|>"
 # The end-of-text tokens of common public vocabularies, for a tokenizer.json that comes without a tokenizer_config.json.
 KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>")
 BPE_SAMPLE_BYTES = 256 * 2**20
+# Texts that end a token, whatever follows, in one tokenizer or another: a line, a sentence, a word, a number.
+BEFORE = ("\n", ".", "a", "1", "\u6f22")
 
 
 def load_tokenizer(
@@ -102,8 +107,16 @@ class Tokenizer(ABC):
             return self.end_name
         return self.decode([token])
 
-    def encode_batch(self, texts: Sequence[bytes | str]) -> list[np.ndarray]:
-        """`encode` of each text, on all cores where the tokenizer can."""
+    @property
+    def marks_starts(self) -> bool:
+        """Whether a text's first token tells that it stands first, as SentencePiece's leading space does."""
+        return False
+
+    def encode_batch(self, texts: Sequence[bytes | str], goes_on: Sequence[bool] = ()) -> list[np.ndarray]:
+        """`encode` of each text, on all cores where the tokenizer can.
+
+        goes_on: which texts go on where a document was cut; those get no mark of a start.
+        """
         return [self.encode(text) for text in texts]
 
     def save(self, path_dir: Path | str) -> None:
@@ -172,9 +185,49 @@ class LibraryTokenizer(Tokenizer):
     def encode(self, text: bytes | str) -> np.ndarray:
         return self.encode_batch([text])[0]
 
-    def encode_batch(self, texts: Sequence[bytes | str]) -> list[np.ndarray]:
+    @cached_property
+    def marks_starts(self) -> bool:
+        for text in BEFORE:
+            try:
+                line, again, both = self._ids([f"{text}\n", text, f"{text}\n{text}"])
+            except UsageError:  # the vocabulary cannot spell it
+                continue
+            if not np.array_equal(both, np.concatenate([line, again])):
+                return True
+        return False
+
+    def encode_batch(self, texts: Sequence[bytes | str], goes_on: Sequence[bool] = ()) -> list[np.ndarray]:
+        spelled = [_as_text(text) for text in texts]
+        if not (any(goes_on) and self.marks_starts):
+            return self._ids(spelled)
+        first = iter(self._ids([text for text, later in zip(spelled, goes_on, strict=True) if not later]))
+        rest = iter(self._inside([text for text, later in zip(spelled, goes_on, strict=True) if later]))
+        return [next(rest if later else first) for later in goes_on]
+
+    def _inside(self, texts: list[str]) -> list[np.ndarray]:
+        """Ids [N] of texts as they are inside a document: behind a text that none of their tokens reaches into."""
+        found: dict[int, np.ndarray] = {}
+        for before in BEFORE:
+            left = [i for i in range(len(texts)) if i not in found]
+            try:
+                known, *encoded = self._ids([before, *(before + texts[i] for i in left)])
+            except UsageError:  # it is `before` that the vocabulary cannot spell, or else no other will do either
+                continue
+            if self.decode(known).endswith(before):  # an unknown symbol would take in what follows
+                cut = len(known)
+                found |= {
+                    i: ids[cut:] for i, ids in zip(left, encoded, strict=True) if np.array_equal(ids[:cut], known)
+                }
+        if left := [i for i in range(len(texts)) if i not in found]:
+            LOGGER.warning(
+                "the tokenizer marks the start of a text, and %d pieces of long documents with it", len(left)
+            )
+            found |= dict(zip(left, self._ids([texts[i] for i in left]), strict=True))
+        return [found[i] for i in range(len(texts))]
+
+    def _ids(self, texts: list[str]) -> list[np.ndarray]:
         try:
-            encodings = self._backend.encode_batch_fast([_as_text(text) for text in texts], add_special_tokens=False)
+            encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         except Exception as error:  # the library raises bare Exception where a token for unknown symbols is missing
             raise UsageError(f"the tokenizer cannot encode this text, give another: {error}") from error
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
@@ -214,9 +267,9 @@ def _from_file(path: Path) -> Tokenizer:
     try:
         text = path.read_text(encoding="utf-8")
         config_path = path.with_name("tokenizer_config.json")
-        config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
+        config = json_text.parse_object(config_path.read_bytes()) if config_path.is_file() else {}
         end = config.get("eos_token")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise UsageError(f"the tokenizer {path} cannot be read, give another: {error}") from error
     if text == ByteTokenizer().to_json():
         return ByteTokenizer()
@@ -281,7 +334,8 @@ def _learned_bpe(vocab_size: int, documents: Callable[[], Iterable[str | bytes]]
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=terminal,
         )
-        backend.train_from_iterator(map(_as_text, sample()), trainer)
+        texts = itertools.chain.from_iterable(map(cut_words, cut(sample())))
+        backend.train_from_iterator(texts, trainer)
         write_text(file, backend.to_str())
 
     tokenizer = cached(cache_dir / "tokenizers" / f"{digest.hexdigest()}.json", load, write)
