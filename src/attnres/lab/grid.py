@@ -27,7 +27,7 @@ from ..train import hardware
 from ..train.checkpoint import check_compatible
 from ..train.config import TrainConfig
 from ..train.data import Corpus, load_corpus
-from ..train.run_folder import held, read_config
+from ..train.run_folder import held, read_config, settled
 from ..train.stopping import starting_deaf_processes
 from ..version import __version__
 from .worker import Measure, send_result, train_and_probe
@@ -59,8 +59,9 @@ def opened(train: TrainConfig) -> Iterator[tuple[TrainConfig, Corpus]]:
     """
     require_matplotlib()
     corpus = load_corpus(train.data, train.tokenizer, train.cache_dir, text_column=train.text_column)
+    train = settled(train.with_vocabulary(corpus.tokenizer.vocab_size))
     with held(train.out, wait=False):
-        yield train.with_vocabulary(corpus.tokenizer.vocab_size), corpus
+        yield train, corpus
 
 
 def run_grid(
@@ -209,7 +210,7 @@ def provenance(config: TrainConfig, corpus: Corpus, command: str) -> dict[str, A
         "torch": torch.__version__,
         "python": platform.python_version(),
         "device": hardware.describe(device),
-        "dtype": str(hardware.find_precision(config.precision, device)).removeprefix("torch."),
+        "dtype": hardware.name_of(hardware.find_precision(config.precision, device)),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "corpus": {"name": corpus.name, "train_tokens": len(corpus.train), "val_tokens": len(corpus.validation)},
         "train": config.to_dict(),
@@ -233,7 +234,8 @@ def _check_resumable(cells: Sequence[Cell]) -> None:
         out = cell.config.out
         if (out / "config.json").exists():
             try:
-                check_compatible(read_config(out).curve(), cell.config.curve())
+                saved = read_config(out).with_precision_of(cell.config)
+                check_compatible(saved.results(), cell.config.results())
             except UsageError as error:
                 raise UsageError(f"out holds another comparison, choose another --out: in {out} {error}") from error
 

@@ -157,7 +157,7 @@ def check_compatible(saved_config: Mapping[str, Any], config: Mapping[str, Any])
 
     Both are nested mappings of JSON values; lists and tuples count as equal.
     """
-    saved, own = _flat(saved_config), _flat(config)
+    saved, own = flat(saved_config), flat(config)
     different = [
         f"{field} ({saved.get(field, 'absent')} in the checkpoint, {own.get(field, 'absent')} now)"
         for field in [*saved, *(field for field in own if field not in saved)]
@@ -170,12 +170,12 @@ def check_compatible(saved_config: Mapping[str, Any], config: Mapping[str, Any])
         )
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Dotted field names with their values as JSON text."""
     fields: dict[str, str] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
-            fields.update(_flat(value, f"{prefix}{key}."))
+            fields.update(flat(value, f"{prefix}{key}."))
         else:
             fields[f"{prefix}{key}"] = json.dumps(value)
     return fields

@@ -26,6 +26,10 @@ FREE_TO_CHANGE = (
     "parallel",
     "checkpointing",
 )
+# Where the text lies and how it is read: the fingerprint of the corpus tells whether it is the same.
+OF_THE_CORPUS = ("data", "tokenizer", "text_column")
+# How the loss curve is looked at, which it does not depend on.
+OF_VALIDATION = ("validate_every", "validation_tokens")
 
 
 @dataclass
@@ -138,9 +142,18 @@ class TrainConfig(RunConfig):
             return self
         return dataclasses.replace(self, model=dataclasses.replace(self.model, vocab_size=size))
 
-    def curve(self) -> dict[str, Any]:
-        """The fields that determine the loss curve; a run is continued only with equal ones."""
+    def with_precision_of(self, other: TrainConfig) -> TrainConfig:
+        """This run with the precision of `other` where its own is left to the machine."""
+        return self if self.precision != "auto" else dataclasses.replace(self, precision=other.precision)
+
+    def results(self) -> dict[str, Any]:
+        """The fields that determine what a run comes to, its validation included."""
         return {name: value for name, value in self.to_dict().items() if name not in FREE_TO_CHANGE}
+
+    def curve(self) -> dict[str, Any]:
+        """The fields that determine the loss curve beside the corpus; a run is continued only with equal ones."""
+        beside = (*OF_THE_CORPUS, *OF_VALIDATION)
+        return {name: value for name, value in self.results().items() if name not in beside}
 
 
 def _checked(cls: Any, values: dict[str, Any], prefix: str) -> Any:

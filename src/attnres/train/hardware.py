@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -34,6 +35,11 @@ def find_precision(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" or _cpu_has_bf16() else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def name_of(precision: torch.dtype) -> Literal["float32", "bfloat16"]:
+    """What `find_precision` finds it by."""
+    return "bfloat16" if precision == torch.bfloat16 else "float32"
 
 
 def _cpu_has_bf16() -> bool:

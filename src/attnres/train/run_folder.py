@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -85,6 +86,22 @@ def read_config(path: Path) -> TrainConfig:
     return TrainConfig.from_dict(values)
 
 
+def continued(saved: TrainConfig, config: TrainConfig) -> TrainConfig:
+    """`config` as it goes on with a run of the configuration `saved`: at its precision, where it leaves that open.
+
+    Raises UsageError if the two have different loss curves.
+    """
+    config = config.with_precision_of(saved)
+    checkpoint.check_compatible(saved.with_precision_of(config).curve(), config.curve())
+    return config
+
+
+def settled(config: TrainConfig) -> TrainConfig:
+    """`config` with a precision that does not depend on the machine any more: what this one has for "auto"."""
+    precision = hardware.find_precision(config.precision, hardware.find_device(config.device))
+    return dataclasses.replace(config, precision=hardware.name_of(precision))
+
+
 def newest_checkpoint(out: Path) -> Path | None:
     """The newest whole checkpoint; None if the run has not saved one. Raises Failure if all of them are damaged."""
     folder = out / "checkpoints"
@@ -97,7 +114,7 @@ def newest_checkpoint(out: Path) -> Path | None:
 def load_checkpoint(path: Path, config: TrainConfig, device: torch.device) -> checkpoint.Checkpoint:
     """A checkpoint of this very run. Raises UsageError if it belongs to another configuration."""
     saved = checkpoint.load(path, device)
-    checkpoint.check_compatible(TrainConfig.from_dict(saved.state["config"]).curve(), config.curve())
+    continued(TrainConfig.from_dict(saved.state["config"]), config)
     return saved
 
 

@@ -21,7 +21,7 @@ from . import checkpoint, hardware, run_folder
 from .balance import balance_experts
 from .config import TrainConfig
 from .data import Batches, Corpus, load_corpus, validation_batches
-from .diagnose import first_non_finite, first_non_finite_gradient, non_finite_weight
+from .diagnose import first_non_finite, first_non_finite_gradient, non_finite_tensor
 from .journal import Journal
 from .optim import build_optimizer
 from .stopping import STOPS, starting_deaf_processes, stop_signals
@@ -67,7 +67,8 @@ def train(config: TrainConfig, resume: bool = False, watch: Watch | None = None)
     corpus = load_corpus(config.data, config.tokenizer, config.cache_dir, text_column=config.text_column)
     config = config.with_vocabulary(corpus.tokenizer.vocab_size)
     if resume:
-        checkpoint.check_compatible(run_folder.read_config(config.out).curve(), config.curve())
+        config = run_folder.continued(run_folder.read_config(config.out), config)
+    config = run_folder.settled(config)
     trainer = Trainer(config, corpus)
     trainer.watch = watch
     with run_folder.held(config.out):
@@ -262,8 +263,8 @@ class Trainer:
         return loss
 
     def _save(self, journal: Journal) -> None:
-        if weight := non_finite_weight(self.model):
-            raise self._diverged("the update is not finite", f"the weight {weight} is not", self.step)
+        if wrong := non_finite_tensor(self.model):
+            raise self._diverged("the update is not finite", f"{wrong} is not", self.step)
         state = {
             "config": self.config.to_dict(),
             "corpus": self.corpus.fingerprint,
