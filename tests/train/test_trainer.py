@@ -1,5 +1,6 @@
 """Training in this process: what is not finite, full disks, damaged checkpoints, validation."""
 
+import dataclasses
 import os
 import signal
 
@@ -10,11 +11,13 @@ from torch.nn import functional as F
 from attnres.errors import Failure, UsageError
 from attnres.model import DecoderConfig
 from attnres.model.feed_forward import FeedForward
+from attnres.train import hardware
+from attnres.train.checkpoint import load
 from attnres.train.config import TrainConfig
 from attnres.train.data import load_corpus
 from attnres.train.journal import Journal
 from attnres.train.optim import OptimConfig
-from attnres.train.run_folder import load_run, newest_checkpoint
+from attnres.train.run_folder import load_run, newest_checkpoint, read_config
 from attnres.train.trainer import Trainer, train
 
 from ..command_line import metrics, needs_full_device
@@ -96,6 +99,38 @@ def test_weights_that_are_not_finite_are_not_saved(config, monkeypatch):
     with pytest.raises(Failure, match=r"step 2: the update is not finite; .*q_proj.weight.*there is no checkpoint yet"):
         train(config)
     assert not (config.out / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_nor_are_buffers(config, monkeypatch, value):
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **experts))
+
+    def poison(model):
+        model.layers[1].correction_bias[0] = value
+
+    before_step(monkeypatch, 2, poison)
+    with pytest.raises(Failure, match=r"step 2: the .* not finite; the buffer layers\.1\.correction_bias is not; "):
+        train(config)
+    assert not (config.out / "checkpoints").exists()
+
+
+def test_a_run_keeps_the_precision_that_its_first_machine_chose(config, monkeypatch):
+    whole = dataclasses.replace(config, precision="auto", out=config.out.with_name("whole"))
+    monkeypatch.setattr(hardware, "_cpu_has_bf16", lambda: False)
+    train(whole)
+    part = dataclasses.replace(config, precision="auto", steps=6)
+    before_step(monkeypatch, 4, lambda model: os.kill(os.getpid(), signal.SIGTERM))
+    assert not train(part).finished
+    monkeypatch.undo()
+    monkeypatch.setattr(hardware, "_cpu_has_bf16", lambda: True)
+    assert read_config(config.out).precision == "float32"
+    assert train(part, resume=True).finished
+    assert metrics(part.out) == metrics(whole.out)
+    saved = load(newest_checkpoint(part.out)).state["config"]
+    assert (saved["precision"], read_config(part.out).precision) == ("float32", "float32")
+    with pytest.raises(UsageError, match=r'precision \("float32" in the checkpoint, "bfloat16" now\)'):
+        train(dataclasses.replace(part, precision="bfloat16"), resume=True)
 
 
 def test_every_validation_token_weighs_the_same(config):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..errors import UsageError
+from ..errors import Failure, UsageError
 from .cache import KeyValueCache
 from .decoder import Decoder
 
@@ -31,7 +31,8 @@ def generate(
     text. prefill_chunk: read the prompt so many tokens at a time, so that a residual connection's state has at most
     that length (the sources of depth attention: N x prefill_chunk x D); the default reads it at once.
 
-    Raises UsageError for an empty prompt, one that leaves no room in the model's context, or settings out of range.
+    Raises UsageError for an empty prompt, one that leaves no room in the model's context, or settings out of range;
+    Failure where the logits are not finite.
     """
     longest = model.config.max_position_embeddings
     if prompt.dim() != 1:
@@ -62,6 +63,10 @@ def generate(
         model(chunk, cache, logits_to_keep=1)
     for _ in range(max_new_tokens):
         logits = model(tokens, cache, logits_to_keep=1)[0, -1].float()
+        if not logits.isfinite().all():
+            raise Failure(
+                "the model's output is not finite; its weights or buffers are not, or overflow: use another checkpoint"
+            )
         if temperature < torch.finfo(logits.dtype).tiny:
             token = int(logits.argmax())
         else:
