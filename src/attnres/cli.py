@@ -26,6 +26,8 @@ COMMANDS = {
     "serve": ("attnres.commands.serve", "answer OpenAI-compatible requests with a model"),
 }
 
+ENDS = (signal.SIGTERM, signal.SIGHUP)  # Ctrl-C is a KeyboardInterrupt
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
@@ -53,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"attnres {arguments[0]}{_rank()}: stopped", file=sys.stderr)
         return 130
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # it may come while the interpreter ends: torchrun sends it then
+        for number in ENDS:  # torchrun sends one while the interpreter ends
+            if signal.getsignal(number) is _end:
+                signal.signal(number, signal.SIG_DFL)
 
 
 class _Stderr(logging.Handler):
@@ -66,8 +70,16 @@ class _Stderr(logging.Handler):
 def _command(name: str) -> Any:
     if name not in COMMANDS:
         raise UsageError(f"there is no such command; there are {', '.join(COMMANDS)}")
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    from .train.stopping import outlives_terminal
+
+    for number in ENDS:
+        if not outlives_terminal(number):
+            signal.signal(number, _end)
     return importlib.import_module(COMMANDS[name][0]).run
+
+
+def _end(number: int, frame: Any) -> None:
+    sys.exit(128 + number)
 
 
 def _rank() -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import signal
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -131,6 +132,34 @@ def test_a_run_keeps_the_precision_that_its_first_machine_chose(config, monkeypa
     assert (saved["precision"], read_config(part.out).precision) == ("float32", "float32")
     with pytest.raises(UsageError, match=r'precision \("float32" in the checkpoint, "bfloat16" now\)'):
         train(dataclasses.replace(part, precision="bfloat16"), resume=True)
+
+
+OF_A_GPU = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.11 GiB"
+
+
+@pytest.mark.parametrize(
+    ("allocate", "asked"),
+    [
+        (lambda: torch.empty(2**58, dtype=torch.uint8), "268,435,456.00 GiB"),
+        (lambda: np.empty(2**60, dtype=np.uint8), "1.00 EiB"),
+        (lambda: (_ for _ in ()).throw(torch.OutOfMemoryError(OF_A_GPU)), "20.00 GiB"),
+    ],
+)
+def test_a_step_without_memory_says_what_to_lower(config, monkeypatch, allocate, asked):
+    before_step(monkeypatch, 4, lambda model: allocate())
+    with pytest.raises(
+        Failure, match=rf"step 4 ran out of memory \(asked for {asked}\); lower --batch-size .*"
+    ) as told:
+        train(config)
+    assert str(told.value).endswith(f"the last good checkpoint is {config.out}/checkpoints/step-00000002")
+    monkeypatch.undo()
+    assert train(config, resume=True).finished
+
+
+@needs_full_device
+def test_a_reader_who_goes_away_does_not_end_a_run(config, monkeypatch):
+    monkeypatch.setattr("sys.stderr", open("/dev/full", "w"))  # noqa: SIM115
+    assert train(config).finished
 
 
 def test_every_validation_token_weighs_the_same(config):

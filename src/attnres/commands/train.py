@@ -22,7 +22,7 @@ ResidualFlags: Any = flags.residual_flags(with_name=True)
 
 @dataclass
 class TrainFlags(RunConfig):
-    """Train one language model; Ctrl-C or SIGTERM saves a checkpoint, --resume goes on from it."""
+    """Train one language model; Ctrl-C, SIGTERM or SIGHUP saves a checkpoint, --resume goes on from it."""
 
     resume: bool = False
     """Go on with the run in --out; its saved settings are the defaults."""

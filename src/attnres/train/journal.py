@@ -52,14 +52,16 @@ class Journal:
             self.say(f"{self.label}  step {step:>{len(str(self.total_steps))}}/{self.total_steps}  {text}")
 
     def say(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        with suppress(OSError):  # whoever read this has gone, such as a closed terminal: no reason to end a run
+            if self._bar is not None:
+                self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            else:
+                print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with suppress(OSError):
+                self._bar.stop()
         with suppress(OSError):  # a full disk, which the failed record has told
             self._file.close()
         if self._board is not None:

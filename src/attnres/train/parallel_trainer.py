@@ -35,6 +35,7 @@ from .data import Corpus, load_corpus
 from .diagnose import non_finite_tensor
 from .journal import Journal, SilentJournal
 from .optim import build_optimizer
+from .shortage import model_too_large, telling_shortage
 from .trainer import Result, Trainer
 
 IGNORED = -100
@@ -66,7 +67,8 @@ def train_in_parallel(config: TrainConfig, resume: bool = False) -> Result:
             saved = sharded.on_first(lambda: run_folder.read_config(config.out))
             config = run_folder.continued(saved, config)
         config = run_folder.settled(config)
-        trainer = ParallelTrainer(config, corpus, mesh.build(config.parallel, device), device)
+        with telling_shortage(model_too_large):
+            trainer = ParallelTrainer(config, corpus, mesh.build(config.parallel, device), device)
         with run_folder.held(config.out) if trainer.is_first else _nothing():
             if resume:
                 trainer.restore(sharded.on_first(lambda: run_folder.newest_checkpoint(config.out)))

@@ -24,6 +24,7 @@ from .data import Batches, Corpus, load_corpus, validation_batches
 from .diagnose import first_non_finite, first_non_finite_gradient, non_finite_tensor
 from .journal import Journal
 from .optim import build_optimizer
+from .shortage import model_too_large, telling_shortage
 from .stopping import STOPS, starting_deaf_processes, stop_signals
 
 Watch = Callable[[Decoder, int], None]
@@ -47,11 +48,11 @@ class Result:
 
 
 def train(config: TrainConfig, resume: bool = False, watch: Watch | None = None) -> Result:
-    """Runs `config` to its last step, or to a SIGTERM or Ctrl-C, which saves a checkpoint first.
+    """Runs `config` to its last step, or to a SIGTERM, SIGHUP or Ctrl-C, which saves a checkpoint first.
 
     With `resume` it goes on from the newest whole checkpoint in config.out (from the start if there is none); on a CPU
     the loss curve is then bit-identical to an uninterrupted run's. Raises UsageError for bad input, with nothing
-    written, and Failure for a full disk, a damaged checkpoint or a loss that is not finite.
+    written, and Failure for a full disk, a damaged checkpoint, too little memory or a loss that is not finite.
 
     `watch(model, step)` is called after each validation of a run in one process.
 
@@ -69,12 +70,14 @@ def train(config: TrainConfig, resume: bool = False, watch: Watch | None = None)
     if resume:
         config = run_folder.continued(run_folder.read_config(config.out), config)
     config = run_folder.settled(config)
-    trainer = Trainer(config, corpus)
+    with telling_shortage(model_too_large):
+        trainer = Trainer(config, corpus)
     trainer.watch = watch
     with run_folder.held(config.out):
         run_folder.check_folder(config.out, resume)
         if resume:
-            trainer.restore(run_folder.newest_checkpoint(config.out))
+            with telling_shortage(model_too_large):
+                trainer.restore(run_folder.newest_checkpoint(config.out))
         run_folder.write_config(config)
         corpus.tokenizer.save(config.out)
         return trainer.run()
@@ -127,7 +130,11 @@ class Trainer:
         rates: list[float] = []
         val_loss = math.nan
         after = None if self.saved_at is None else self.step
-        with stop_signals() as received, closing(self._journal(after)) as journal:
+        with (
+            stop_signals() as received,
+            closing(self._journal(after)) as journal,
+            telling_shortage(self._step_too_large),
+        ):
             flops, peak = self._announce(journal)
             with starting_deaf_processes(*STOPS):  # workers end when this process does
                 batches = iter(self._batches())
@@ -284,14 +291,24 @@ class Trainer:
     def _peak_memory(self) -> int:
         return max(self.earlier_peak_memory, hardware.peak_memory(self.device))
 
+    def _step_too_large(self, asked: str) -> str:
+        split = "" if self.config.parallel.world_size == 1 else ", or split over more processes"
+        return (
+            f"step {self.step + 1} ran out of memory{asked}; lower --batch-size (a larger --accumulate keeps the tokens "
+            f"of a step) or --context, or add --checkpointing{split}; {self._last_good}"
+        )
+
+    @property
+    def _last_good(self) -> str:
+        return f"the last good checkpoint is {self.saved_at}" if self.saved_at else "there is no checkpoint yet"
+
     def _require_finite(self, name: str, value: float, inputs: Tensor, step: int) -> None:
         if not math.isfinite(value):
             where = first_non_finite(self.model, inputs, hardware.autocast(self.device, self.precision))
             raise self._diverged(f"the {name} is {value}", where, step)
 
     def _diverged(self, what: str, where: str, step: int) -> Failure:
-        last = f"the last good checkpoint is {self.saved_at}" if self.saved_at else "there is no checkpoint yet"
         return Failure(
-            f"step {step}: {what}; {where}; {last}; start a new run with a lower --optim.lr or a longer "
+            f"step {step}: {what}; {where}; {self._last_good}; start a new run with a lower --optim.lr or a longer "
             "--optim.warmup-steps"
         )

@@ -1,0 +1,56 @@
+"""Running out of memory, told in one sentence: what was asked for, and what to lower."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ..errors import Failure
+
+_REFUSED = re.compile(
+    r"out of memory|not enough memory|can't allocate memory|ALLOC_FAILED|Unable to allocate", re.IGNORECASE
+)
+_SIZE = re.compile(r"(?:tried to|Unable to) allocate (\d+ bytes|[\d.]+ ?[KMGTPE]?i?B)", re.IGNORECASE)
+
+
+@contextmanager
+def telling_shortage(told: Callable[[str], str]) -> Iterator[None]:
+    """A context in which running out of memory is a Failure.
+
+    told: the sentence; it is given what was asked for, such as " (asked for 2.00 GiB)", empty where nobody has said.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if (asked := asked_for(error)) is None:
+            raise
+        raise Failure(told(asked)) from error
+
+
+def model_too_large(asked: str) -> str:
+    """What to say where a model with its optimizer finds no place."""
+    return (
+        f"the model and its optimizer do not fit into memory{asked}; make it smaller with --preset, --model.hidden-size "
+        "or --model.num-hidden-layers, or shard it over processes (attnres plan says what a split takes)"
+    )
+
+
+def asked_for(error: BaseException | None) -> str | None:
+    """ " (asked for SIZE)" of an error that says memory was refused, empty if it names no size; None for others."""
+    while error is not None:
+        text = str(error)
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+            isinstance(error, RuntimeError) and _REFUSED.search(text)
+        ):
+            size = _SIZE.search(text)
+            return f" (asked for {_readable(size[1])})" if size else ""
+        error = error.__cause__  # a pipeline stage says only which of its passes failed
+    return None
+
+
+def _readable(size: str) -> str:
+    count, _, unit = size.partition(" ")
+    return f"{int(count) / 2**30:,.2f} GiB" if unit == "bytes" else size
