@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import io
 import logging
 import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from .errors import Failure, UsageError
@@ -31,6 +33,29 @@ ENDS = (signal.SIGTERM, signal.SIGHUP)  # Ctrl-C is a KeyboardInterrupt
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            with suppress(OSError):  # it seeks, in vain where a terminal has taken the place of a file
+                stream.reconfigure(errors="backslashreplace")  # a terminal may be without the letters of a text
+    try:
+        try:
+            return _main(argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # its reader has seen enough, such as head
+        _drop_output()
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _drop_output()
+            print(f"attnres: cannot write the output: {error.strerror}", file=sys.stderr)
+            return 1
+        raise
+
+
+def _main(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
@@ -46,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _command(arguments[0])(arguments[1:]) or 0
     except Exception as error:
-        if debug:
+        if debug or isinstance(error, BrokenPipeError):
             raise
         status, message = _explain(error)
         print(f"attnres {arguments[0]}{_rank()}: {message}", file=sys.stderr)
@@ -65,6 +90,11 @@ class _Stderr(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         print(self.format(record), file=sys.stderr)
+
+
+def _drop_output() -> None:
+    """Has what is still to be printed go nowhere, or it fails once more when Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _command(name: str) -> Any:

@@ -51,7 +51,8 @@ def run(argv: Sequence[str]) -> int:
     given = flags.parse(GenerateFlags, argv, "generate", tyro.MISSING_NONPROP)
     with _loaded(given) as (model, is_first):
         tokenizer = load_tokenizer_from(given.run)
-        prompt = torch.tensor(tokenizer.encode(given.prompt).astype("int64"), device=model.embed_tokens.weight.device)
+        text = given.prompt.encode("utf-8", "surrogateescape")  # bytes that are no text in the terminal's encoding
+        prompt = torch.tensor(tokenizer.encode(text).astype("int64"), device=model.embed_tokens.weight.device)
         ids = generate(
             model,
             prompt,
@@ -62,9 +63,9 @@ def run(argv: Sequence[str]) -> int:
             end=tokenizer.end_of_document,
             prefill_chunk=given.prefill_chunk,
         )
-        text = tokenizer.decode([*prompt.tolist(), *ids])
+        continued = tokenizer.decode([*prompt.tolist(), *ids])
         if is_first:
-            sys.stdout.write(text + "\n")
+            sys.stdout.write(continued + "\n")
     return 0
 
 

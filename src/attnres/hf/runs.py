@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import Failure, UsageError
+from ..files import read
 from ..model import DecoderConfig
 
 
@@ -62,7 +63,7 @@ def _root(folder: Path) -> Path:
 
 def _settings(root: Path) -> dict:
     try:
-        values = json.loads((root / "config.json").read_bytes())
+        values = json.loads(read(root / "config.json"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

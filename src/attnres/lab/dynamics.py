@@ -11,6 +11,7 @@ from ..analysis.dynamics_figure import dynamics_figure
 from ..analysis.dynamics_page import write_page
 from ..analysis.figures import save, write_figures
 from ..analysis.probe import probe
+from ..files import read
 from ..model import Decoder
 from ..train import hardware
 from ..train.config import TrainConfig
@@ -75,7 +76,7 @@ def train_and_watch(config: TrainConfig) -> dict[str, Any]:
 def read_dynamics(file: Path) -> dict[str, list[Any]]:
     """The records of a run by step; of steps that a resumed run repeated the last is kept."""
     by_step: dict[int, dict[str, Any]] = {}
-    for line in file.read_text().splitlines():
+    for line in read(file).decode(errors="replace").splitlines():
         try:
             record = json.loads(line)
         except json.JSONDecodeError:  # the run was killed while it wrote

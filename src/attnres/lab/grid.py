@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from .. import files
 from ..analysis.style import require_matplotlib
 from ..errors import Failure, UsageError
 from ..train import hardware
@@ -94,7 +95,7 @@ def run_grid(
     results: dict[int, dict[str, Any]] = {}
     for i, cell in enumerate(cells):
         if (file := cell.config.out / "result.json").exists():
-            results[i] = json.loads(file.read_text())
+            results[i] = _finished(file)
     grid = _Grid(cells, jobs, results, keep_checkpoints, measure)
     try:
         grid.run(None if minutes is None else time.monotonic() + 60 * minutes)
@@ -219,14 +220,17 @@ def provenance(config: TrainConfig, corpus: Corpus, command: str) -> dict[str, A
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON, whole or not at all. Raises Failure if it cannot be written."""
-    scratch = path.with_name(path.name + ".tmp")
     try:
-        scratch.write_text(json.dumps(value, indent=1) + "\n")
-        os.replace(scratch, path)
+        files.write(path, json.dumps(value, indent=1) + "\n")
     except OSError as error:
-        with suppress(OSError):
-            scratch.unlink(missing_ok=True)
         raise Failure(f"cannot write {path}: {error.strerror}; free some space and call again") from error
+
+
+def _finished(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(files.read(file))
+    except (OSError, ValueError) as error:
+        raise Failure(f"{file} cannot be read: {error}; remove it, and its run is done again") from error
 
 
 def _check_resumable(cells: Sequence[Cell]) -> None:

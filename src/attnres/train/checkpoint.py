@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import Failure, UsageError
+from ..files import opened_if_regular, read, sync
 from .nested import Tensors, decode, encode
 from .rng import rng_state, set_rng_state
 
@@ -108,7 +109,7 @@ def new_checkpoint(root: str | Path, step: int, keep: int) -> Iterator[Path]:
             _remove(previous)
             os.rename(folder, previous)
         os.rename(scratch, folder)
-    _sync(folder.parent)
+    sync(folder.parent)
     _remove(previous)
     earlier = [path for path in _newest_first(folder.parent) if _step(path) < step]
     for path in earlier[keep - 1 :]:
@@ -202,7 +203,7 @@ def _scratch_folder(folder: Path) -> Iterator[Path]:
     scratch.mkdir()
     lock = os.open(scratch, os.O_RDONLY)
     try:
-        with suppress(OSError):  # a file system without locks
+        with suppress(OSError):  # a file system without locks, where nothing is swept either
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield scratch
     finally:
@@ -228,7 +229,7 @@ def _remove(path: Path) -> None:
     grave = path.with_name(f"{_REMOVING}{path.name}-{secrets.token_hex(4)}")
     try:
         os.rename(path, grave)
-        _sync(path.parent)
+        sync(path.parent)
         shutil.rmtree(grave)
     except FileNotFoundError:
         pass
@@ -243,7 +244,7 @@ def _write(folder: Path, manifest: dict[str, Any], model: Tensors, others: Tenso
         file = folder / name
         save_file(tensors.stored, file, metadata={"format": "pt"})
         file.chmod(readers)  # safetensors makes files for their owner alone, whatever the umask says
-        _sync(file)
+        sync(file)
         manifest["files"][name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
     write_manifest(folder, manifest)
 
@@ -252,8 +253,8 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Writes state.json, which names every other file of the checkpoint and so comes last."""
     manifest["sha256"] = _checksum(manifest)
     (folder / STATE).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    _sync(folder / STATE)
-    _sync(folder)
+    sync(folder / STATE)
+    sync(folder)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -265,7 +266,7 @@ def _verify(path: Path) -> dict[str, Any]:
     """The contents of state.json, once all files are known to be whole; Failure names the one that is not."""
     file = path / STATE
     try:
-        manifest = json.loads(file.read_bytes())
+        manifest = json.loads(read(file))
         if manifest.pop("sha256") != _checksum(manifest):
             raise ValueError("its checksum differs")
         if manifest["format"] not in (PLAIN, SHARDED):
@@ -298,17 +299,8 @@ def _checksum(manifest: dict[str, Any]) -> str:
 
 def sha256(file: Path) -> str:
     """The checksum of a file's contents, in hexadecimal."""
-    with file.open("rb") as stream:
+    with open(file, "rb", opener=opened_if_regular) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Returns once the file's or folder's contents are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _reason(error: Exception) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import UsageError
+from ..files import user_path
 from ..model import DecoderConfig, preset
 from ..parallel.config import ParallelConfig
 from .optim import OptimConfig
@@ -83,8 +84,8 @@ class RunConfig:
     """Folder of token caches; the default is ATTNRES_CACHE or the user's cache folder."""
 
     def __post_init__(self) -> None:
-        self.out = Path(self.out)
-        self.cache_dir = None if self.cache_dir is None else Path(self.cache_dir)
+        self.out = user_path(self.out)
+        self.cache_dir = None if self.cache_dir is None else user_path(self.cache_dir)
         positive = ("steps", "batch_size", "accumulate", "context", "validate_every", "validation_tokens")
         for name in (*positive, "checkpoint_every", "keep", "log_every"):
             value = getattr(self, name)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..files import user_path
 
 LOGGER = logging.getLogger(__name__)
 RECORD_SUFFIXES = (".jsonl", ".ndjson", ".parquet")
@@ -64,7 +65,7 @@ def open_source(data: str, text_column: str) -> Source:
         if not files:
             raise UsageError(f"this Python has no library source in {root}; give --data a text file or a folder")
         return _files_source(f"python-{platform.python_version()}-stdlib", root, files, text_column)
-    path = Path(data).expanduser()
+    path = user_path(data)
     if path.is_file():
         if path.suffix.lower() not in ("", *known):
             raise UsageError(f"--data {data} has an unknown suffix; rename it to one of {' '.join(known)}")

@@ -5,18 +5,22 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 
+from .. import files
 from ..errors import Failure, UsageError
 from ..model import Decoder
 from . import checkpoint, hardware
 from .config import TrainConfig
+
+LOGGER = logging.getLogger(__name__)
 
 
 def check_folder(out: Path, resume: bool) -> None:
@@ -35,16 +39,17 @@ def check_folder(out: Path, resume: bool) -> None:
 def held(out: Path, wait: bool = True) -> Iterator[None]:
     """Makes the folder `out` and keeps other processes from training in it.
 
-    The system lets go of it when this process ends, however it ends. Waits for another process that has the folder, or
-    raises Failure with wait=False; also if the folder cannot be made.
+    The system lets go of it when this process ends, however it ends; a file system without locks keeps nobody away, as
+    a warning says. Waits for another process that has the folder, or raises Failure with wait=False; also if the folder
+    cannot be made.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        folder = os.open(out, os.O_RDONLY)
     except OSError as error:
         raise Failure(f"cannot write {out}: {error.strerror}; choose another --out") from error
-    try:
-        with suppress(OSError):  # a file system without locks
+    with ExitStack() as stack:
+        try:
+            stack.callback(os.close, folder := os.open(out, os.O_RDONLY))
             try:
                 fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -54,21 +59,17 @@ def held(out: Path, wait: bool = True) -> Iterator[None]:
                     ) from None
                 print(f"waiting for another process that trains in {out} to end", file=sys.stderr, flush=True)
                 fcntl.flock(folder, fcntl.LOCK_EX)
+        except OSError as error:  # no locks on this file system, or a folder that may be written and not read
+            LOGGER.warning("%s cannot be locked (%s): see that no other process trains there", out, error.strerror)
         yield
-    finally:
-        os.close(folder)
 
 
 def write_config(config: TrainConfig) -> None:
     """Writes config.json, whole or not at all."""
     file = config.out / "config.json"
-    scratch = config.out / "config.json.tmp"
     try:
-        scratch.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-        os.replace(scratch, file)
+        files.write(file, json.dumps(config.to_dict(), indent=2) + "\n")
     except OSError as error:
-        with suppress(OSError):
-            scratch.unlink(missing_ok=True)
         raise Failure(f"cannot write {file}: {error.strerror}; choose another --out") from error
 
 
@@ -78,7 +79,7 @@ def read_config(path: Path) -> TrainConfig:
     if not os.path.exists(file):
         raise UsageError(f"{path} is not a run: it has no config.json; give the --out of an `attnres train`")
     try:
-        values = json.loads(file.read_text())
+        values = json.loads(files.read(file))
     except (OSError, ValueError) as error:
         raise Failure(f"{file} cannot be read: {error}; give another run") from error
     if not isinstance(values, dict):

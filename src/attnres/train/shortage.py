@@ -33,7 +33,7 @@ def telling_shortage(told: Callable[[str], str]) -> Iterator[None]:
 def model_too_large(asked: str) -> str:
     """What to say where a model with its optimizer finds no place."""
     return (
-        f"the model and its optimizer do not fit into memory{asked}; make it smaller with --preset, --model.hidden-size "
+        f"the model and its optimizer do not fit memory{asked}; make it smaller with --preset, --model.hidden-size "
         "or --model.num-hidden-layers, or shard it over processes (attnres plan says what a split takes)"
     )
 

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..errors import UsageError
+from ..files import user_path
 from .cache import cached, write_text, write_whole, writing
 
 LOGGER = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ def load_tokenizer(
         if documents is None:
             raise UsageError(f"tokenizer {spec!r} needs a corpus to learn from; give a tokenizer.json instead")
         return _learned_bpe(int(size), documents, Path(cache_dir))
-    path = Path(spec).expanduser()
+    path = user_path(spec)
     if spec and path.is_dir():
         return load_tokenizer_from(path)
     if path.is_file():

@@ -294,8 +294,8 @@ class Trainer:
     def _step_too_large(self, asked: str) -> str:
         split = "" if self.config.parallel.world_size == 1 else ", or split over more processes"
         return (
-            f"step {self.step + 1} ran out of memory{asked}; lower --batch-size (a larger --accumulate keeps the tokens "
-            f"of a step) or --context, or add --checkpointing{split}; {self._last_good}"
+            f"step {self.step + 1} ran out of memory{asked}; lower --batch-size (a larger --accumulate keeps a step's "
+            f"tokens) or --context, or add --checkpointing{split}; {self._last_good}"
         )
 
     @property
