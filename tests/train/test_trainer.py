@@ -205,6 +205,54 @@ def test_another_corpus_is_refused_on_resume(config, corpus_file, tmp_path):
     assert (config.out / "metrics.jsonl").read_bytes() == before
 
 
+def test_the_same_corpus_may_move_and_validation_may_change(config, corpus_file, tmp_path):
+    train(dataclasses.replace(config, steps=6, out=tmp_path / "whole"))
+    before_stop = dataclasses.replace(config, checkpoint_every=4)
+    stop_at(before_stop, 4)
+    copy = tmp_path / "elsewhere" / corpus_file.name
+    copy.parent.mkdir()
+    copy.write_text(corpus_file.read_text())
+    moved = dataclasses.replace(config, data=str(copy), validate_every=5, validation_tokens=64)
+    assert train(moved, resume=True).finished
+    losses = [[r["loss"] for r in metrics(out) if "loss" in r] for out in (config.out, tmp_path / "whole")]
+    assert losses[0] == losses[1]
+    assert [r["step"] for r in metrics(config.out) if "val_loss" in r] == [0, 4, 5, 6]
+    assert read_config(config.out).data == str(copy)
+
+
+def stop_at(config, step):
+    """Trains until the end of `step`, where a signal comes."""
+    with pytest.MonkeyPatch.context() as patch:
+        before_step(patch, step, lambda model: os.kill(os.getpid(), signal.SIGTERM))
+        assert not train(config).finished
+
+
+@pytest.mark.parametrize("schedule", ["constant", "wsd"])
+def test_a_run_whose_rates_do_not_depend_on_its_length_can_be_extended(config, tmp_path, schedule):
+    config.optim = OptimConfig(warmup_steps=2, schedule=schedule)
+    whole = dataclasses.replace(config, steps=12, out=tmp_path / "whole")
+    train(whole)
+    if schedule == "constant":
+        train(config)
+    else:
+        stop_at(config, 4)
+    assert train(dataclasses.replace(config, steps=12), resume=True).finished
+    losses = [[(r["step"], r["loss"]) for r in metrics(out) if "loss" in r] for out in (config.out, whole.out)]
+    assert losses[0] == losses[1]
+    with pytest.raises(UsageError, match="steps must be at least 12, which the run has taken; it is 8"):
+        train(dataclasses.replace(config, steps=8), resume=True)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_others_are_told_the_way(config, schedule):
+    config.optim = OptimConfig(warmup_steps=2, schedule=schedule, decay_fraction=0.5)
+    train(config)
+    before = metrics(config.out), read_config(config.out)
+    with pytest.raises(UsageError, match=r"steps is 6 in the checkpoint and 12 now.* --optim.schedule wsd or constant"):
+        train(dataclasses.replace(config, steps=12), resume=True)
+    assert (metrics(config.out), read_config(config.out)) == before
+
+
 def test_damaged_checkpoints(config):
     train(config)
     newest, older = sorted((config.out / "checkpoints").iterdir(), reverse=True)

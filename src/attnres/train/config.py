@@ -31,6 +31,8 @@ FREE_TO_CHANGE = (
 OF_THE_CORPUS = ("data", "tokenizer", "text_column")
 # How the loss curve is looked at, which it does not depend on.
 OF_VALIDATION = ("validate_every", "validation_tokens")
+# The learning rate may depend on it: `optim.same_rates` tells whether that of the steps so far does.
+LENGTH = ("steps",)
 
 
 @dataclass
@@ -152,8 +154,9 @@ class TrainConfig(RunConfig):
         return {name: value for name, value in self.to_dict().items() if name not in FREE_TO_CHANGE}
 
     def curve(self) -> dict[str, Any]:
-        """The fields that determine the loss curve beside the corpus; a run is continued only with equal ones."""
-        beside = (*OF_THE_CORPUS, *OF_VALIDATION)
+        """The fields that determine the loss curve beside the corpus and the length of the run, which are compared with
+        a checkpoint; a run is continued only with equal ones."""
+        beside = (*OF_THE_CORPUS, *OF_VALIDATION, *LENGTH)
         return {name: value for name, value in self.results().items() if name not in beside}
 
 

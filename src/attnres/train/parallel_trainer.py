@@ -140,7 +140,7 @@ class ParallelTrainer(Trainer):
         if path is None:
             return
         state, self.step = sharded.load(path, self.parts, self.optimizer)
-        self._check_corpus(state["corpus"])
+        self._check_continuation(state, self.step)
         self.saved_at, self.earlier_peak_memory = path, state["peak_memory_bytes"]
 
     def _announce(self, journal: Journal) -> tuple[float, float]:

@@ -19,6 +19,7 @@ from ..errors import Failure, UsageError
 from ..model import Decoder
 from . import checkpoint, hardware
 from .config import TrainConfig
+from .optim import same_rates
 
 LOGGER = logging.getLogger(__name__)
 
@@ -117,6 +118,18 @@ def load_checkpoint(path: Path, config: TrainConfig, device: torch.device) -> ch
     saved = checkpoint.load(path, device)
     continued(TrainConfig.from_dict(saved.state["config"]), config)
     return saved
+
+
+def check_length(saved_steps: int, step: int, config: TrainConfig) -> None:
+    """Raises UsageError unless a run of config.steps takes the first `step` steps of one of `saved_steps`."""
+    if step > config.steps:
+        raise UsageError(f"steps must be at least {step}, which the run has taken; it is {config.steps}")
+    if config.steps != saved_steps and not same_rates(step, saved_steps, config.steps, config.optim):
+        raise UsageError(
+            f"steps is {saved_steps} in the checkpoint and {config.steps} now, which would have given the {step} steps "
+            "so far other learning rates: only a run with a constant schedule, or wsd before its decay, can change its "
+            f"length; resume with --steps {saved_steps}, or start a new run with --optim.schedule wsd or constant"
+        )
 
 
 def load_run(path: Path, device: str = "auto") -> tuple[Decoder, TrainConfig]:

@@ -9,6 +9,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,7 +111,7 @@ class Trainer:
         if path is None:
             return
         saved = run_folder.load_checkpoint(path, self.config, self.device)
-        self._check_corpus(saved.state["corpus"])
+        self._check_continuation(saved.state, saved.step)
         self.model.load_state_dict(saved.model_tensors)
         self.optimizer.load_state_dict(saved.optimizer_state)
         if "rng" in saved.state:  # many processes have none in common
@@ -118,8 +119,9 @@ class Trainer:
         self.step, self.saved_at = saved.step, path
         self.earlier_peak_memory = saved.state["peak_memory_bytes"]
 
-    def _check_corpus(self, fingerprint: object) -> None:
-        if fingerprint != self.corpus.fingerprint:
+    def _check_continuation(self, saved: dict[str, Any], step: int) -> None:
+        run_folder.check_length(saved["config"]["steps"], step, self.config)
+        if saved["corpus"] != self.corpus.fingerprint:
             raise UsageError(
                 "data is not the corpus that the checkpoint was trained on: its files, its tokenizer or the Python "
                 "version changed; resume with the same --data, or start a new run"
