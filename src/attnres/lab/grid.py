@@ -245,9 +245,16 @@ def _check_resumable(cells: Sequence[Cell]) -> None:
 
 
 def _commit() -> str | None:
-    folder = Path(__file__).parent
+    """The commit of this code; None where the repository around it, such as that of a virtual environment's owner, does
+    not hold it."""
     try:
-        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True)
+        if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+            return None
+        return _git("rev-parse", "--short", "HEAD")
     except OSError:
         return None
-    return git.stdout.strip() or None
+
+
+def _git(*arguments: str) -> str | None:
+    done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip() or None if done.returncode == 0 else None
