@@ -27,6 +27,7 @@ def test_generate_continues_the_prompt(server, finished_run):
         (["--prompt", ""], "prompt is empty; give at least one token"),
         (["--tokens", 512], "fit the model's context of 512 tokens; they are 4 and 512: shorten the prompt or ask for"),
         (["--top-k", 0], "top_k and the number of new tokens positive"),
+        (["--seed", 2**80], "seed must fit 64 bits; it is 1208925819614629174706176"),
         (["--device", "nowhere"], "device 'nowhere' cannot be used here"),
     ],
 )

@@ -1,6 +1,7 @@
 """Comparisons: what is equal between the runs, what the numbers mean, and that an interrupted one goes on."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -301,3 +302,13 @@ def test_the_commit_is_that_of_this_code(tmp_path, monkeypatch):
     run(["git", "add", "grid.py"])
     run(["git", *author, "commit", "-q", "-m", "this code"])
     assert run(["git", "rev-parse", "HEAD"]).stdout.decode().startswith(grid._commit())
+
+
+def test_a_fork_server_that_was_killed_is_a_failure(tmp_path, monkeypatch):
+    def killed(self):
+        raise EOFError("unexpected EOF")
+
+    monkeypatch.setattr(multiprocessing.context.ForkServerProcess, "start", killed)
+    cell = grid.Cell("prenorm, seed 0", TrainConfig(out=tmp_path / "run"))
+    with pytest.raises(Failure, match=r"no process could be started for prenorm, seed 0 \(EOFError\); call again"):
+        grid.run_grid([cell])

@@ -70,6 +70,7 @@ def test_only_the_last_logits():
 
 
 def test_a_chunk_of_no_tokens_is_refused():
+    assert list(generate(decoder(), PROMPT, 1, prefill_chunk=2**80)) == list(generate(decoder(), PROMPT, 1))
     with pytest.raises(UsageError, match="prefill_chunk"):
         next(generate(decoder(), PROMPT, 1, prefill_chunk=0))
 

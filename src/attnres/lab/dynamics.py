@@ -34,7 +34,7 @@ def dynamics(
     """
     out = config.train.out
     for run in config.runs():
-        run.model.build_residual()
+        run.model.check_residual()
     with opened(config.train) as (train, corpus):
         config = dataclasses.replace(config, train=train)
         runs = config.runs()

@@ -164,7 +164,12 @@ class _Grid:
         with starting_deaf_processes(signal.SIGINT):  # on Ctrl-C this process tells it to stop
             # threads that spin at barriers crawl as soon as another program wants a core
             os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-            process.start()
+            try:
+                process.start()
+            except (EOFError, OSError) as error:  # what forks the runs was killed
+                raise Failure(
+                    f"no process could be started for {cell.name} ({type(error).__name__}); call again to continue"
+                ) from error
         sender.close()
         self.running[receiver] = (i, process, time.monotonic())
 
@@ -173,7 +178,7 @@ class _Grid:
         cell = self.cells[i]
         try:
             answer = receiver.recv()
-        except EOFError:
+        except (EOFError, OSError):  # it was killed, perhaps in the middle of its answer
             process.join()
             code = process.exitcode
             answer = Failure(f"the run in {cell.config.out} ended with exit code {code}; call again to continue")

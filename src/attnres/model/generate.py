@@ -49,6 +49,8 @@ def generate(
             f"temperature 0 takes the likeliest token and leaves nothing for top_k, which is {top_k}; leave one of "
             "them out"
         )
+    if not -(2**63) <= seed < 2**63:
+        raise UsageError(f"seed must fit 64 bits; it is {seed}")
     if prefill_chunk is not None and prefill_chunk < 1:
         raise UsageError(f"prefill_chunk must be a positive number of tokens, or None; it is {prefill_chunk}")
     if len(prompt) + max_new_tokens > longest:
@@ -58,7 +60,7 @@ def generate(
         )
     generator = torch.Generator(prompt.device).manual_seed(seed)
     cache = KeyValueCache()
-    *earlier, tokens = prompt[None].split(prefill_chunk or len(prompt), 1)
+    *earlier, tokens = prompt[None].split(min(prefill_chunk or len(prompt), len(prompt)), 1)
     for chunk in earlier:
         model(chunk, cache, logits_to_keep=1)
     for _ in range(max_new_tokens):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +34,10 @@ OF_THE_CORPUS = ("data", "tokenizer", "text_column")
 OF_VALIDATION = ("validate_every", "validation_tokens")
 # The learning rate may depend on it: `optim.same_rates` tells whether that of the steps so far does.
 LENGTH = ("steps",)
+
+
+# Far beyond any run; larger numbers overflow in the arithmetic of floats, tensors and generators.
+MOST = defaultdict(lambda: 2**53, batch_size=2**31 - 1, context=2**31 - 1, workers=2**16, seed=2**63 - 1)
 
 
 @dataclass
@@ -96,6 +101,9 @@ class RunConfig:
         for name in ("workers", "seed"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} must be zero or more; it is {getattr(self, name)}")
+        for name in (*positive, "checkpoint_every", "keep", "log_every", "workers", "seed"):
+            if getattr(self, name) > MOST[name]:
+                raise UsageError(f"{name} must be at most {MOST[name]}; it is {getattr(self, name)}")
         if self.validation_tokens < self.context:
             raise UsageError(
                 f"validation_tokens must be at least context, {self.context}; it is {self.validation_tokens}"

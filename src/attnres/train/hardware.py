@@ -85,6 +85,16 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def memory(device: torch.device) -> int | None:
+    """Bytes that the device has, swap included for a CPU; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    with suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(("MemTotal:", "SwapTotal:")))
+    return None
+
+
 def describe(device: torch.device) -> str:
     """The device in words, with its cores for a CPU."""
     if device.type == "cuda":

@@ -35,7 +35,7 @@ from .data import Corpus, load_corpus
 from .diagnose import non_finite_tensor
 from .journal import Journal, SilentJournal
 from .optim import build_optimizer
-from .shortage import model_too_large, telling_shortage
+from .shortage import check_size, model_too_large, telling_shortage
 from .trainer import Result, Trainer
 
 IGNORED = -100
@@ -53,7 +53,7 @@ def train_in_parallel(config: TrainConfig, resume: bool = False) -> Result:
     if config.compile:
         raise UsageError("compile works in a single process only; leave it out, or leave out parallel")
     device = hardware.find_device(config.device)
-    config.model.build_residual()
+    config.model.check_residual()
     # Before the processes wait for each other: one builds the cache, the others wait for its lock as long as it takes.
     corpus = load_corpus(config.data, config.tokenizer, config.cache_dir, text_column=config.text_column)
     config = config.with_vocabulary(corpus.tokenizer.vocab_size)
@@ -67,6 +67,7 @@ def train_in_parallel(config: TrainConfig, resume: bool = False) -> Result:
             saved = sharded.on_first(lambda: run_folder.read_config(config.out))
             config = run_folder.continued(saved, config)
         config = run_folder.settled(config)
+        check_size(config)
         with telling_shortage(model_too_large):
             trainer = ParallelTrainer(config, corpus, mesh.build(config.parallel, device), device)
         with run_folder.held(config.out) if trainer.is_first else _nothing():

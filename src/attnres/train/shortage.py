@@ -8,7 +8,9 @@ from contextlib import contextmanager
 
 import torch
 
-from ..errors import Failure
+from ..errors import Failure, UsageError
+from . import hardware
+from .config import TrainConfig
 
 _REFUSED = re.compile(
     r"out of memory|not enough memory|can't allocate memory|ALLOC_FAILED|Unable to allocate", re.IGNORECASE
@@ -28,6 +30,33 @@ def telling_shortage(told: Callable[[str], str]) -> Iterator[None]:
         if (asked := asked_for(error)) is None:
             raise
         raise Failure(told(asked)) from error
+
+
+def check_size(config: TrainConfig) -> None:
+    """Raises UsageError, before anything is allocated, for a run that cannot fit the memory of this machine's device.
+
+    Counted is what no setting avoids: weights, gradients and one of the optimizer's moments in fp32, the same share of
+    them in each process of a split, and the logits of a batch.
+    """
+    device = hardware.find_device(config.device)
+    if (there := hardware.memory(device)) is None:
+        return
+    split = config.parallel
+    parameters, shares = config.model.parameter_counts()["total"], split.shard * split.ep * split.tp * split.pp
+    if (needed := 12 * parameters // shares) > there:
+        raise UsageError(
+            model_too_large(f" ({parameters:,} parameters take {_gb(needed)}, and there are {_gb(there)})")
+        )
+    rows = config.batch_size // (split.dp * split.shard * split.microbatch_count)
+    if (needed := 4 * rows * config.context * config.model.vocab_size // split.tp) > there:
+        raise UsageError(
+            f"the logits of {config.batch_size:,} sequences of {config.context:,} tokens take {_gb(needed)}, and there "
+            f"are {_gb(there)}; lower --batch-size (a larger --accumulate keeps a step's tokens) or --context"
+        )
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB"
 
 
 def model_too_large(asked: str) -> str:

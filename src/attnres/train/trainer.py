@@ -25,7 +25,7 @@ from .data import Batches, Corpus, load_corpus, validation_batches
 from .diagnose import first_non_finite, first_non_finite_gradient, non_finite_tensor
 from .journal import Journal
 from .optim import build_optimizer
-from .shortage import model_too_large, telling_shortage
+from .shortage import check_size, model_too_large, telling_shortage
 from .stopping import STOPS, starting_deaf_processes, stop_signals
 
 Watch = Callable[[Decoder, int], None]
@@ -65,12 +65,13 @@ def train(config: TrainConfig, resume: bool = False, watch: Watch | None = None)
         return train_in_parallel(config, resume)
     config.parallel.check(1, config.model, config.batch_size, config.context)
     run_folder.check_folder(config.out, resume)
-    config.model.build_residual()  # refuses bad options before the corpus is read
+    config.model.check_residual()  # refuses bad options before the corpus is read
     corpus = load_corpus(config.data, config.tokenizer, config.cache_dir, text_column=config.text_column)
     config = config.with_vocabulary(corpus.tokenizer.vocab_size)
     if resume:
         config = run_folder.continued(run_folder.read_config(config.out), config)
     config = run_folder.settled(config)
+    check_size(config)
     with telling_shortage(model_too_large):
         trainer = Trainer(config, corpus)
     trainer.watch = watch
