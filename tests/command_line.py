@@ -40,13 +40,13 @@ Trainer._train_step = step
 IN_SAVE = """
 import os, signal, time
 from attnres.train import checkpoint
-sync, calls = checkpoint._sync, []
+sync, calls = checkpoint.sync, []
 def half_way(path):
     calls.append(path)
     if len(calls) == {call}:
         {action}
     sync(path)
-checkpoint._sync = half_way
+checkpoint.sync = half_way
 """
 
 

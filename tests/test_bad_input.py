@@ -28,6 +28,13 @@ BAD_FLAGS = {
     "--tokenizer train:5": "VOCAB in train:VOCAB must be a whole number of at least 257",
     "--data missing.txt": "--data 'missing.txt' does not exist",
     "--config missing.yaml": "--config missing.yaml cannot be read: No such file or directory",
+    "--seed 1208925819614629174706176": "seed must be at most 9223372036854775807; it is 12089258196146",
+    "--steps 1000000000000000000000000000000": "steps must be at most 9007199254740992; it is 1000000000",
+    "--model.hidden-size 1000000000000": "hidden_size must be at most 2147483647; it is 1000000000000",
+    "--model.num-hidden-layers 1000000": "num_hidden_layers must be at most 65536; it is 1000000",
+    "--model.hidden-size 200000000": "intermediate_size x hidden_size must be at most",
+    "--model.hidden-size 1000000": "(24,000,400,000,000 parameters take 288,004.8 GB, and there are",
+    "--batch-size 2000000000": "the logits of 2,000,000,000 sequences of 32 tokens take 65,792.0 GB, and there are",
     "--resume": "it has no config.json",
 }
 

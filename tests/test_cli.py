@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from .command_line import AT_STEP
+from .command_line import AT_STEP, needs_full_device
 
 
 def test_generate_continues_the_prompt(server, finished_run):
@@ -28,6 +28,7 @@ def test_generate_continues_the_prompt(server, finished_run):
         (["--prompt", ""], "prompt is empty; give at least one token"),
         (["--tokens", 512], "fit the model's context of 512 tokens; they are 4 and 512: shorten the prompt or ask for"),
         (["--top-k", 0], "top_k and the number of new tokens positive"),
+        (["--seed", 2**80], "seed must fit 64 bits; it is 1208925819614629174706176"),
         (["--device", "nowhere"], "device 'nowhere' cannot be used here"),
     ],
 )
@@ -173,3 +174,36 @@ def test_starting_imports_little_and_names_a_missing_extra():
     assert end.stderr == (
         "attnres train: needs the package tyro, which is not installed; run pip install 'attnres[train]'\n"
     )
+
+
+def test_a_terminal_without_the_letters_of_a_text(server, finished_run):
+    ascii_only = "import sys; sys.stdout.reconfigure(encoding='ascii', errors='strict')"
+    end = server.run("generate", finished_run, "--prompt", "Größe ∑", "--tokens", 2, patch=ascii_only)
+    assert end.status == 0 and end.out.startswith(r"Gr\xf6\xdfe \u2211"), end.err
+
+
+def test_a_prompt_that_is_no_text(server, finished_run):
+    end = server.run("generate", finished_run, "--prompt", os.fsdecode(b"a\xffb"), "--tokens", 2)
+    assert end.status == 0 and end.out.startswith("a\ufffdb"), end.err
+
+
+def printing_into(stdout, *argv):
+    command = [sys.executable, "-m", "attnres", *map(str, argv)]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    end = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, env=buffered)
+    return end.returncode, "".join(line for line in end.stderr.splitlines() if not line.startswith("INFO: "))
+
+
+@pytest.mark.parametrize("argv", [["generate", "{run}", "--tokens", "2"], ["--help"], ["train", "--help"]])
+def test_a_reader_who_has_seen_enough(finished_run, argv):
+    read, write = os.pipe()
+    os.close(read)
+    assert printing_into(write, *[part.format(run=finished_run) for part in argv]) == (141, "")
+    os.close(write)
+
+
+@needs_full_device
+def test_output_that_cannot_be_written(finished_run):
+    with open("/dev/full", "w") as full:
+        status, err = printing_into(full, "generate", finished_run, "--tokens", 2)
+    assert (status, err) == (1, "attnres: cannot write the output: No space left on device")

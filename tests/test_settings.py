@@ -1,6 +1,7 @@
 """Where settings come from: flags, a YAML file, a preset, the run that is resumed."""
 
 import pytest
+import tyro
 
 from attnres.train.run_folder import read_config
 
@@ -81,3 +82,25 @@ def test_resuming_a_shape_whose_heads_do_not_fill_the_width(configured, server, 
 
 def test_peeking_does_not_mistake_values_for_flags(configured):
     assert configured("--data=--preset", "--preset=tiny").data == "--preset"
+
+
+def test_paths_may_begin_with_the_home_folder(configured, finished_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "settings.yaml").write_text("out: ~/run\ncache_dir: ~/cache")
+    config = configured("--config=~/settings.yaml")
+    assert (config.out, config.cache_dir) == (tmp_path / "run", tmp_path / "cache")
+    (tmp_path / "link").symlink_to(finished_run)
+    assert configured("--resume", "--out=~/link").out == tmp_path / "link"
+
+
+def test_so_may_those_of_other_commands(tmp_path, monkeypatch):
+    from attnres.commands import convert, flags, generate, inspect
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for flag_class, argv in (
+        (generate.GenerateFlags, ["~/a"]),
+        (convert.ConvertFlags, ["~/a", "~/b"]),
+        (inspect.InspectFlags, ["~/a", "--data=~/b", "--out=~/c"]),
+    ):
+        given = flags.parse(flag_class, argv, "", tyro.MISSING_NONPROP)
+        assert str(tmp_path / "a") in map(str, vars(given).values()) and "~" not in str(given)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import io
 import logging
 import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from .errors import Failure, UsageError
@@ -26,9 +28,34 @@ COMMANDS = {
     "serve": ("attnres.commands.serve", "answer OpenAI-compatible requests with a model"),
 }
 
+ENDS = (signal.SIGTERM, signal.SIGHUP)  # Ctrl-C is a KeyboardInterrupt
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            with suppress(OSError):  # it seeks, in vain where a terminal has taken the place of a file
+                stream.reconfigure(errors="backslashreplace")  # a terminal may be without the letters of a text
+    try:
+        try:
+            return _main(argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # its reader has seen enough, such as head
+        _drop_output()
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _drop_output()
+            print(f"attnres: cannot write the output: {error.strerror}", file=sys.stderr)
+            return 1
+        raise
+
+
+def _main(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
@@ -44,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _command(arguments[0])(arguments[1:]) or 0
     except Exception as error:
-        if debug:
+        if debug or isinstance(error, BrokenPipeError):
             raise
         status, message = _explain(error)
         print(f"attnres {arguments[0]}{_rank()}: {message}", file=sys.stderr)
@@ -53,7 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"attnres {arguments[0]}{_rank()}: stopped", file=sys.stderr)
         return 130
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # it may come while the interpreter ends: torchrun sends it then
+        for number in ENDS:  # torchrun sends one while the interpreter ends
+            if signal.getsignal(number) is _end:
+                signal.signal(number, signal.SIG_DFL)
 
 
 class _Stderr(logging.Handler):
@@ -63,11 +92,24 @@ class _Stderr(logging.Handler):
         print(self.format(record), file=sys.stderr)
 
 
+def _drop_output() -> None:
+    """Has what is still to be printed go nowhere, or it fails once more when Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _command(name: str) -> Any:
     if name not in COMMANDS:
         raise UsageError(f"there is no such command; there are {', '.join(COMMANDS)}")
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    from .train.stopping import outlives_terminal
+
+    for number in ENDS:
+        if not outlives_terminal(number):
+            signal.signal(number, _end)
     return importlib.import_module(COMMANDS[name][0]).run
+
+
+def _end(number: int, frame: Any) -> None:
+    sys.exit(128 + number)
 
 
 def _rank() -> str:

@@ -161,6 +161,11 @@ def command(argv: list[str]) -> tuple[int, str]:
         return main(argv), err.getvalue()
 
 
+def disagreeing(argv: list[str], own: list[str], rank: int) -> tuple[int, str]:
+    """`command`, with further flags in one process."""
+    return command([*argv, *own] if os.environ["RANK"] == str(rank) else argv)
+
+
 def elsewhere(config: TrainConfig, folder: Path, rank: int) -> tuple[str, str]:
     """`failing`, with `rank` in another working directory than the rest."""
     own = folder / str(int(os.environ["RANK"]) == rank)

@@ -199,6 +199,39 @@ def test_what_cannot_work_is_refused_in_every_process(world, corpus_file, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+DISAGREEMENTS = [
+    ("--optim.lr 0.01", "optim.lr is 0.003 in rank 0 and 0.01 in rank 2"),
+    ("--seed 1 --steps 7", "steps is 6 in rank 0 and 7 in rank 2, seed is 0 in rank 0 and 1 in rank 2"),
+    ("--context 8", "context is 16 in rank 0 and 8 in rank 2"),
+    ("--residual.name prenorm", 'model.residual is "block_attnres" in rank 0 and "prenorm" in rank 2'),
+    ("--parallel.dp 1 --parallel.tp 2", "parallel.dp is 2 in rank 0 and 1 in rank 2"),
+    ("--data {other}", 'data.fingerprint is "'),
+    ("--out {elsewhere}", "out is "),
+    ("--precision bfloat16", 'precision is "float32" in rank 0 and "bfloat16" in rank 2'),
+]
+
+
+@pytest.mark.parametrize(("own", "words"), DISAGREEMENTS)
+def test_processes_that_were_started_for_different_work_say_so(world, corpus_file, tmp_path, own, words):
+    (tmp_path / "other.txt").write_text(corpus_file.read_text()[:-100])
+    own = own.format(other=tmp_path / "other.txt", elsewhere=tmp_path / "elsewhere")
+    split = ["--parallel.dp", "2", "--parallel.pp", "2", "--parallel.microbatches", "2", "--parallel.timeout", "10"]
+    argv = ["train", "--data", str(corpus_file), "--out", str(tmp_path / "run"), *FLAGS.split(), *split]
+    for status, err in world(4).run(runs.disagreeing, argv, own.split(), 2):
+        assert status == 2 and "the processes of this job disagree: " in err and words in err, err
+    assert not (tmp_path / "run").exists() and not (tmp_path / "elsewhere").exists()
+
+
+def test_the_same_text_in_another_place_is_the_same(world, corpus_file, tmp_path):
+    copy = tmp_path / "copy" / corpus_file.name
+    copy.parent.mkdir()
+    copy.write_text(corpus_file.read_text())
+    argv = ["train", "--data", str(corpus_file), "--out", str(tmp_path / "run"), *FLAGS.split(), "--steps", "1"]
+    argv += ["--parallel.dp", "4"]
+    own = ["--data", str(copy), "--cache-dir", str(tmp_path / "cache")]
+    assert [status for status, _ in world(4).run(runs.disagreeing, argv, own, 2)] == [0, 0, 0, 0]
+
+
 def test_a_restart_that_only_another_node_has_counted_resumes(world, corpus_file, tmp_path):
     config = runs.settings(corpus_file, tmp_path / "run", {"dp": 2, "pp": 2, "microbatches": 2}, checkpoint_every=1)
     assert world(4).run(runs.run, config, False, (1, 2))[0][:2] == (False, 2)

@@ -1,6 +1,7 @@
 """Prefill and decoding over processes that share the matrices and the tokens of the stream, beside a single one."""
 
 import io
+import os
 from contextlib import redirect_stderr, redirect_stdout
 from typing import Any
 
@@ -104,6 +105,18 @@ def test_the_command_line_splits_a_run_over_torchruns_processes(world, corpus_fi
     for status, out, errors in world(4).run(told, command):
         assert (status, out) == (2, "")
         assert "num_key_value_heads must be a multiple of parallel.tp: 2 over 4 leaves 2 over" in errors
+
+
+def told_apart(arguments: list[str]) -> tuple[int, str, str]:
+    mesh.build(ParallelConfig(tp=2), CPU)  # the command leaves a job that it has joined, and a World has one job
+    return told([*arguments, "--seed", os.environ["RANK"]])
+
+
+def test_processes_that_would_draw_different_texts_say_so(world, corpus_file, tmp_path):
+    runs.run(runs.settings(corpus_file, tmp_path))
+    for status, out, errors in world(2).run(told_apart, ["generate", str(tmp_path), "--device", "cpu"]):
+        assert (status, out) == (2, "")
+        assert "the processes of this job disagree: seed is 0 in rank 0 and 1 in rank 1; " in errors
 
 
 def held(residual: str, tokens: int, processes: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import shutil
 import sys
 
 import pytest
@@ -19,6 +20,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 import attnres.hf
 from attnres.hf import AttnResConfig, AttnResForCausalLM, AttnResModel
+from attnres.hf.evaluate import open_model
+from attnres.hf.runs import is_run, open_run
 
 SHAPE = dict(
     vocab_size=61,
@@ -405,6 +408,18 @@ def test_a_training_run_loads(run):
     assert all(torch.equal(p, first.to_decoder().state_dict()[name]) for name, p in decoders[1].state_dict().items())
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer("né").input_ids == [110, 195, 169] and tokenizer.eos_token_id == 256
+
+
+@pytest.mark.parametrize("place", ["checkpoints/mine", "mine/checkpoints", "checkpoints/checkpoints"])
+def test_a_run_may_lie_in_a_folder_called_checkpoints(run, tmp_path_factory, place):
+    folder, decoders = run
+    moved = tmp_path_factory.mktemp("elsewhere") / place
+    shutil.copytree(folder, moved)
+    for name, step in ((moved, 2), (moved / "checkpoints" / "step-00000001", 1)):
+        assert is_run(name) and open_run(name).folder == moved
+        model, _ = open_model(name, device="cpu")
+        with torch.no_grad():
+            torch.testing.assert_close(logits(model), decoders[step](IDS), rtol=1e-4, atol=1e-4)
 
 
 def test_a_run_that_does_not_fit_is_refused(run, tmp_path_factory):

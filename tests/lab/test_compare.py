@@ -1,9 +1,13 @@
 """Comparisons: what is equal between the runs, what the numbers mean, and that an interrupted one goes on."""
 
 import json
+import multiprocessing
 import os
+import shutil
 import signal
+import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ import torch
 from attnres import residual
 from attnres.commands.compare import table
 from attnres.errors import Failure, UsageError
+from attnres.lab import grid
 from attnres.lab.compare import CompareConfig, summarise
 from attnres.lab.grid import write_json
 from attnres.model import Decoder, DecoderConfig
@@ -281,3 +286,29 @@ def test_results_are_whole_or_absent(tmp_path):
     with pytest.raises(Failure, match=r"cannot write .*results.json: No space left on device; free some space"):
         write_json(tmp_path / "results.json", {"a": 1})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_commit_is_that_of_this_code(tmp_path, monkeypatch):
+    """Not that of the repository which a virtual environment lies in."""
+    if shutil.which("git") is None:
+        pytest.skip("needs git")
+    run = partial(subprocess.run, cwd=tmp_path, check=True, capture_output=True)
+    author = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    run(["git", "init", "-q"])
+    run(["git", *author, "commit", "-q", "--allow-empty", "-m", "another project"])
+    (tmp_path / "grid.py").touch()
+    monkeypatch.setattr(grid, "__file__", str(tmp_path / "grid.py"))
+    assert grid._commit() is None
+    run(["git", "add", "grid.py"])
+    run(["git", *author, "commit", "-q", "-m", "this code"])
+    assert run(["git", "rev-parse", "HEAD"]).stdout.decode().startswith(grid._commit())
+
+
+def test_a_fork_server_that_was_killed_is_a_failure(tmp_path, monkeypatch):
+    def killed(self):
+        raise EOFError("unexpected EOF")
+
+    monkeypatch.setattr(multiprocessing.context.ForkServerProcess, "start", killed)
+    cell = grid.Cell("prenorm, seed 0", TrainConfig(out=tmp_path / "run"))
+    with pytest.raises(Failure, match=r"no process could be started for prenorm, seed 0 \(EOFError\); call again"):
+        grid.run_grid([cell])

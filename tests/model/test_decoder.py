@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from attnres.errors import UsageError
 from attnres.model import Decoder, DecoderConfig, preset, presets
+from attnres.parallel.weights import initial_values
 
 SHAPE = dict(vocab_size=61, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
 IDS = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -171,3 +172,30 @@ def test_unknown_names_are_refused():
         DecoderConfig.from_dict({"layers": 3})
     with pytest.raises(UsageError, match="input_ids"):
         decoder()(IDS[:, :0])
+
+
+@pytest.mark.parametrize(
+    "build", [lambda config: Decoder(config, seed=3), lambda config: dict(initial_values(config, 3))]
+)
+def test_initial_values_reseed_no_generator(monkeypatch, build):
+    """torch.manual_seed seeds the GPUs as well, whose state nobody puts back."""
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("every device is seeded"))
+    torch.default_generator.manual_seed(11)
+    config = DecoderConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, residual="mhc")
+    first = build(config)
+    assert torch.initial_seed() == 11
+    torch.default_generator.manual_seed(12)
+    again = build(config)
+    values = [dict(m.named_parameters()) if isinstance(m, Decoder) else m for m in (first, again)]
+    assert all(torch.equal(value, values[1][name]) for name, value in values[0].items())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_nor_those_of_a_gpu():
+    config = DecoderConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, residual="mhc")
+    torch.cuda.manual_seed(11)
+    Decoder(config, seed=3)
+    with torch.device("cuda"):
+        first, again = Decoder(config, seed=3), Decoder(config, seed=3)
+    assert torch.cuda.initial_seed() == 11
+    assert all(torch.equal(p, q) for p, q in zip(first.parameters(), again.parameters(), strict=True))

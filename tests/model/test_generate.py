@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from attnres.errors import UsageError
+from attnres.errors import Failure, UsageError
 from attnres.model import Decoder, DecoderConfig, attention
 from attnres.model.generate import KeyValueCache, generate
 
@@ -70,6 +70,7 @@ def test_only_the_last_logits():
 
 
 def test_a_chunk_of_no_tokens_is_refused():
+    assert list(generate(decoder(), PROMPT, 1, prefill_chunk=2**80)) == list(generate(decoder(), PROMPT, 1))
     with pytest.raises(UsageError, match="prefill_chunk"):
         next(generate(decoder(), PROMPT, 1, prefill_chunk=0))
 
@@ -144,3 +145,11 @@ def test_a_temperature_near_zero_is_greedy(temperature):
 def test_bad_arguments(prompt, options, message):
     with pytest.raises(UsageError, match=message):
         list(generate(decoder(), prompt, **{"max_new_tokens": 5, **options}))
+
+
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_a_model_that_is_not_finite_says_nothing(temperature):
+    model = decoder()
+    model.layers[1].up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(Failure, match=r"the model's output is not finite; .* use another checkpoint"):
+        next(generate(model, PROMPT, 3, temperature=temperature))

@@ -1,8 +1,10 @@
 """Training in this process: what is not finite, full disks, damaged checkpoints, validation."""
 
+import dataclasses
 import os
 import signal
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -10,11 +12,13 @@ from torch.nn import functional as F
 from attnres.errors import Failure, UsageError
 from attnres.model import DecoderConfig
 from attnres.model.feed_forward import FeedForward
+from attnres.train import hardware
+from attnres.train.checkpoint import load
 from attnres.train.config import TrainConfig
 from attnres.train.data import load_corpus
 from attnres.train.journal import Journal
 from attnres.train.optim import OptimConfig
-from attnres.train.run_folder import load_run, newest_checkpoint
+from attnres.train.run_folder import load_run, newest_checkpoint, read_config
 from attnres.train.trainer import Trainer, train
 
 from ..command_line import metrics, needs_full_device
@@ -98,6 +102,66 @@ def test_weights_that_are_not_finite_are_not_saved(config, monkeypatch):
     assert not (config.out / "checkpoints").exists()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_nor_are_buffers(config, monkeypatch, value):
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **experts))
+
+    def poison(model):
+        model.layers[1].correction_bias[0] = value
+
+    before_step(monkeypatch, 2, poison)
+    with pytest.raises(Failure, match=r"step 2: the .* not finite; the buffer layers\.1\.correction_bias is not; "):
+        train(config)
+    assert not (config.out / "checkpoints").exists()
+
+
+def test_a_run_keeps_the_precision_that_its_first_machine_chose(config, monkeypatch):
+    whole = dataclasses.replace(config, precision="auto", out=config.out.with_name("whole"))
+    monkeypatch.setattr(hardware, "_cpu_has_bf16", lambda: False)
+    train(whole)
+    part = dataclasses.replace(config, precision="auto", steps=6)
+    before_step(monkeypatch, 4, lambda model: os.kill(os.getpid(), signal.SIGTERM))
+    assert not train(part).finished
+    monkeypatch.undo()
+    monkeypatch.setattr(hardware, "_cpu_has_bf16", lambda: True)
+    assert read_config(config.out).precision == "float32"
+    assert train(part, resume=True).finished
+    assert metrics(part.out) == metrics(whole.out)
+    saved = load(newest_checkpoint(part.out)).state["config"]
+    assert (saved["precision"], read_config(part.out).precision) == ("float32", "float32")
+    with pytest.raises(UsageError, match=r'precision \("float32" in the checkpoint, "bfloat16" now\)'):
+        train(dataclasses.replace(part, precision="bfloat16"), resume=True)
+
+
+OF_A_GPU = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.11 GiB"
+
+
+@pytest.mark.parametrize(
+    ("allocate", "asked"),
+    [
+        (lambda: torch.empty(2**58, dtype=torch.uint8), "268,435,456.00 GiB"),
+        (lambda: np.empty(2**60, dtype=np.uint8), "1.00 EiB"),
+        (lambda: (_ for _ in ()).throw(torch.OutOfMemoryError(OF_A_GPU)), "20.00 GiB"),
+    ],
+)
+def test_a_step_without_memory_says_what_to_lower(config, monkeypatch, allocate, asked):
+    before_step(monkeypatch, 4, lambda model: allocate())
+    with pytest.raises(
+        Failure, match=rf"step 4 ran out of memory \(asked for {asked}\); lower --batch-size .*"
+    ) as told:
+        train(config)
+    assert str(told.value).endswith(f"the last good checkpoint is {config.out}/checkpoints/step-00000002")
+    monkeypatch.undo()
+    assert train(config, resume=True).finished
+
+
+@needs_full_device
+def test_a_reader_who_goes_away_does_not_end_a_run(config, monkeypatch):
+    monkeypatch.setattr("sys.stderr", open("/dev/full", "w"))  # noqa: SIM115
+    assert train(config).finished
+
+
 def test_every_validation_token_weighs_the_same(config):
     """160 tokens are five windows of 32: batches of four rows and of one."""
     trainer = Trainer(config, load_corpus(config.data, cache_dir=config.cache_dir))
@@ -139,6 +203,54 @@ def test_another_corpus_is_refused_on_resume(config, corpus_file, tmp_path):
     with pytest.raises(UsageError, match="data is not the corpus that the checkpoint was trained on"):
         train(config, resume=True)
     assert (config.out / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_same_corpus_may_move_and_validation_may_change(config, corpus_file, tmp_path):
+    train(dataclasses.replace(config, steps=6, out=tmp_path / "whole"))
+    before_stop = dataclasses.replace(config, checkpoint_every=4)
+    stop_at(before_stop, 4)
+    copy = tmp_path / "elsewhere" / corpus_file.name
+    copy.parent.mkdir()
+    copy.write_text(corpus_file.read_text())
+    moved = dataclasses.replace(config, data=str(copy), validate_every=5, validation_tokens=64)
+    assert train(moved, resume=True).finished
+    losses = [[r["loss"] for r in metrics(out) if "loss" in r] for out in (config.out, tmp_path / "whole")]
+    assert losses[0] == losses[1]
+    assert [r["step"] for r in metrics(config.out) if "val_loss" in r] == [0, 4, 5, 6]
+    assert read_config(config.out).data == str(copy)
+
+
+def stop_at(config, step):
+    """Trains until the end of `step`, where a signal comes."""
+    with pytest.MonkeyPatch.context() as patch:
+        before_step(patch, step, lambda model: os.kill(os.getpid(), signal.SIGTERM))
+        assert not train(config).finished
+
+
+@pytest.mark.parametrize("schedule", ["constant", "wsd"])
+def test_a_run_whose_rates_do_not_depend_on_its_length_can_be_extended(config, tmp_path, schedule):
+    config.optim = OptimConfig(warmup_steps=2, schedule=schedule)
+    whole = dataclasses.replace(config, steps=12, out=tmp_path / "whole")
+    train(whole)
+    if schedule == "constant":
+        train(config)
+    else:
+        stop_at(config, 4)
+    assert train(dataclasses.replace(config, steps=12), resume=True).finished
+    losses = [[(r["step"], r["loss"]) for r in metrics(out) if "loss" in r] for out in (config.out, whole.out)]
+    assert losses[0] == losses[1]
+    with pytest.raises(UsageError, match="steps must be at least 12, which the run has taken; it is 8"):
+        train(dataclasses.replace(config, steps=8), resume=True)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_others_are_told_the_way(config, schedule):
+    config.optim = OptimConfig(warmup_steps=2, schedule=schedule, decay_fraction=0.5)
+    train(config)
+    before = metrics(config.out), read_config(config.out)
+    with pytest.raises(UsageError, match=r"steps is 6 in the checkpoint and 12 now.* --optim.schedule wsd or constant"):
+        train(dataclasses.replace(config, steps=12), resume=True)
+    assert (metrics(config.out), read_config(config.out)) == before
 
 
 def test_damaged_checkpoints(config):

@@ -11,6 +11,7 @@ from torch import nn
 from .. import json_text, text_file
 from .. import residual as residuals
 from ..errors import UsageError
+from ..files import read
 from ..residual import DepthAttention
 from ..train.hardware import find_device
 from ..train.tokenizer import Tokenizer, load_tokenizer
@@ -44,7 +45,7 @@ def read_input(text: str | None, data: Path | None) -> tuple[str, str]:
 def check_folder(folder: Path) -> dict[str, Any]:
     """The settings in a model folder. Raises UsageError where there are none, or no depth attention in them."""
     try:
-        values = json_text.parse_object((folder / "config.json").read_bytes())
+        values = json_text.parse_object(read(folder / "config.json"))
     except OSError as error:
         raise UsageError(
             f"{folder} is no model: its config.json cannot be read ({error.strerror}); give the --out of attnres train "

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from ..files import user_path
 from ..hf.evaluate import evaluate, table
 from . import flags
 
@@ -46,7 +47,7 @@ class EvalFlags:
 def run(argv: Sequence[str]) -> int:
     given = flags.parse(EvalFlags, argv, "eval", tyro.MISSING_NONPROP)
     results = evaluate(
-        given.model,
+        str(user_path(given.model)),
         tasks=[task.strip() for task in given.tasks.split(",") if task.strip()],
         data=given.data,
         out=given.out,

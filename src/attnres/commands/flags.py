@@ -18,6 +18,7 @@ import yaml
 
 from .. import residual as residuals
 from ..errors import UsageError
+from ..files import user_path
 from ..model import DecoderConfig, DecoderShape, preset, presets
 from ..train.config import RunConfig, TrainConfig
 
@@ -49,11 +50,19 @@ def _parse(flags: type[T], argv: Sequence[str], command: str, default: Any) -> T
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(flags, args=argv, default=default, prog=f"attnres {command}")
+            return _with_paths(tyro.cli(flags, args=argv, default=default, prog=f"attnres {command}"))
     except SystemExit as stop:
         if not stop.code:
             raise
         raise UsageError(_sentence(box.getvalue())) from None
+
+
+def _with_paths(given: T) -> T:
+    """The flags with every path as `user_path` reads it."""
+    for f in dataclasses.fields(given):  # type: ignore[arg-type]
+        if isinstance(value := getattr(given, f.name), Path):
+            setattr(given, f.name, user_path(value))
+    return given
 
 
 def _sentence(box: str) -> str:
@@ -78,7 +87,7 @@ def of_file(path: str | None, flags: Any) -> list[str]:
     if not path:
         return []
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.safe_load(user_path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"--config {path} cannot be read: {error.strerror}; give a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:

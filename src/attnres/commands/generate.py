@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -16,8 +16,10 @@ from ..errors import UsageError
 from ..model import Decoder
 from ..model.generate import generate
 from ..parallel import inference, mesh
+from ..parallel.agreement import require_same
 from ..parallel.config import ParallelConfig
 from ..train import hardware
+from ..train.checkpoint import flat
 from ..train.run_folder import load_run
 from ..train.tokenizer import load_tokenizer_from
 from . import flags
@@ -48,14 +50,15 @@ class GenerateFlags:
 
 def run(argv: Sequence[str]) -> int:
     given = flags.parse(GenerateFlags, argv, "generate", tyro.MISSING_NONPROP)
-    with _loaded(given.run, given.device) as (model, is_first):
+    with _loaded(given) as (model, is_first):
         tokenizer = load_tokenizer_from(given.run)
         if tokenizer.vocab_size > model.config.vocab_size:
             raise UsageError(
                 f"{given.run / 'tokenizer.json'} knows {tokenizer.vocab_size} tokens and the model "
                 f"{model.config.vocab_size}; put the run's own tokenizer.json back"
             )
-        prompt = torch.tensor(tokenizer.encode(given.prompt).astype("int64"), device=model.embed_tokens.weight.device)
+        text = given.prompt.encode("utf-8", "surrogateescape")  # bytes that are no text in the terminal's encoding
+        prompt = torch.tensor(tokenizer.encode(text).astype("int64"), device=model.embed_tokens.weight.device)
         ids = generate(
             model,
             prompt,
@@ -66,23 +69,26 @@ def run(argv: Sequence[str]) -> int:
             end=tokenizer.end_of_document,
             prefill_chunk=given.prefill_chunk,
         )
-        text = tokenizer.decode([*prompt.tolist(), *ids])
+        continued = tokenizer.decode([*prompt.tolist(), *ids])
         if is_first:
-            sys.stdout.write(text + "\n")
+            sys.stdout.write(continued + "\n")
     return 0
 
 
 @contextmanager
-def _loaded(folder: Path, device: str) -> Iterator[tuple[Decoder, bool]]:
+def _loaded(given: GenerateFlags) -> Iterator[tuple[Decoder, bool]]:
     """A run's model, split over the processes that torchrun started, and whether this is the first of them."""
     processes = mesh.launched_processes()
     if processes == 1:
-        yield load_run(folder, device)[0], True
+        yield load_run(given.run, given.device)[0], True
         return
     split = ParallelConfig(tp=processes)
-    model = load_run(folder, "cpu")[0]
+    model, config = load_run(given.run, "cpu")
     split.check(processes, model.config, batch_size=1, context=processes)
-    where = hardware.find_device(device)
-    with mesh.joined(split, where) as joined:
+    where = hardware.find_device(given.device)
+    with mesh.connected(split, where):
+        asked = {name: value for name, value in asdict(given).items() if name not in ("run", "device")}
+        require_same(flat({**asked, "run": config.curve()}))
+        joined = mesh.build(split, where)
         inference.apply(model, joined["tp"])
         yield model.to(where), joined.get_rank() == 0

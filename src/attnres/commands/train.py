@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..files import user_path
 from ..model import DecoderShape, preset
 from ..parallel.config import ParallelConfig
 from ..parallel.mesh import launched_processes
@@ -22,7 +23,7 @@ ResidualFlags: Any = flags.residual_flags(with_name=True)
 
 @dataclass
 class TrainFlags(RunConfig):
-    """Train one language model; Ctrl-C or SIGTERM saves a checkpoint, --resume goes on from it."""
+    """Train one language model; Ctrl-C, SIGTERM or SIGHUP saves a checkpoint, --resume goes on from it."""
 
     resume: bool = False
     """Go on with the run in --out; its saved settings are the defaults."""
@@ -40,7 +41,9 @@ def run(argv: Sequence[str]) -> int:
     settings = [*flags.of_file(file, TrainFlags), *argv]
     early = flags.peek(settings, "preset", "out")
     if "--resume" in settings:
-        default = _saved(Path(early["out"] or RunConfig.out), any(flag.startswith("--parallel.") for flag in settings))
+        default = _saved(
+            user_path(early["out"] or RunConfig.out), any(flag.startswith("--parallel.") for flag in settings)
+        )
     else:
         default = TrainFlags(model=flags.open_shape(preset("tiny")))
     if early["preset"]:

@@ -20,7 +20,7 @@ from .configuration import AttnResConfig
 from .convert import first_line, load, load_weights
 from .modeling import AttnResForCausalLM
 from .perplexity import perplexity, read_text
-from .runs import is_run
+from .runs import is_run, root_of
 from .vocabulary import check_vocabulary, open_tokenizer
 
 TASK_KEYS = ("results", "groups", "versions", "n-shot", "n-samples")
@@ -98,8 +98,7 @@ def open_model(name: str | Path, *, device: str | None = None, dtype: str = "aut
     options: dict[str, Any] = {"dtype": dtype}
     if is_run(name):
         model: Any = AttnResForCausalLM.from_run(name, **options)
-        parent = Path(name).parent
-        name = parent.parent if parent.name == "checkpoints" else name
+        name = root_of(name)
     else:
         try:
             model_type = AutoConfig.from_pretrained(name).model_type

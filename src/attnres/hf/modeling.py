@@ -306,7 +306,8 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "use_safetensors": True}
         try:
             # a decoder's own names load as they are: transformers puts "model." in front of a base model's
-            loaded: Any = cls.from_pretrained(run.checkpoint, config=config, **options)
+            with run.weights() as weights:
+                loaded: Any = cls.from_pretrained(weights, config=config, **options)
         except SafetensorError as error:
             raise Failure(f"the weights in {run.checkpoint} are damaged ({error}); take an earlier step") from error
         model, report = loaded

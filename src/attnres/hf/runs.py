@@ -1,18 +1,22 @@
 """The output folder of `attnres train`, as a source of models: its configuration, checkpoint and tokenizer."""
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from .. import json_text
 from ..errors import Failure, UsageError
+from ..files import read
 from ..model import DecoderConfig
 
 
 class Run(NamedTuple):
     """A training run on disk.
 
-    folder: the run's output; checkpoint: the folder of weights in it; config: the model's shape; end_of_document: id of
-    the token that ends a document, or None where the run has no tokenizer.
+    folder: the run's output; checkpoint: the folder of the chosen step in it; config: the model's shape;
+    end_of_document: id of the token that ends a document, or None where the run has no tokenizer.
     """
 
     folder: Path
@@ -20,32 +24,42 @@ class Run(NamedTuple):
     config: DecoderConfig
     end_of_document: int | None
 
+    @contextmanager
+    def weights(self) -> Iterator[Path]:
+        """A folder with the whole model as model.safetensors: the checkpoint, or a temporary one for the parts of many
+        processes. Raises Failure where that cannot be written."""
+        from ..train import checkpoint as checkpoints
+
+        if (self.checkpoint / checkpoints.MODEL).exists():
+            yield self.checkpoint
+            return
+        from ..train import sharded
+
+        with tempfile.TemporaryDirectory(prefix="attnres-run-") as place:
+            sharded.export(self.checkpoint, Path(place))
+            yield Path(place)
+
 
 def is_run(folder: str | Path) -> bool:
     """Whether `folder` is the output of a training run, or a checkpoint in it, and not a Hugging Face model."""
-    values = _settings(_root(Path(folder)))
+    values = _settings(root_of(folder))
     return "model_type" not in values and isinstance(values.get("model"), dict)
 
 
 def open_run(folder: str | Path) -> Run:
     """The run in `folder`, with its newest whole checkpoint; or the run around a checkpoint folder, with that one.
 
-    A checkpoint of many processes gets a file with the whole model first. Raises UsageError where there is no run or no
-    checkpoint, Failure where that file cannot be written.
+    Nothing is written. Raises UsageError where there is no run or no checkpoint.
     """
     from ..train import checkpoint as checkpoints
     from ..train.tokenizer import load_tokenizer_from
 
     folder = Path(folder)
-    root = _root(folder)
+    root = root_of(folder)
     if not is_run(folder):
         raise UsageError(f"{folder} is not a training run; give the --out of attnres train or a checkpoint in it")
     chosen: Path | None = folder if folder != root else checkpoints.latest(root / "checkpoints")
-    if chosen is not None and (chosen / checkpoints.METADATA).exists() and not (chosen / checkpoints.MODEL).exists():
-        from ..train import sharded
-
-        sharded.export(chosen)
-    if chosen is None or not (chosen / checkpoints.MODEL).is_file():
+    if chosen is None or not any((chosen / name).is_file() for name in (checkpoints.MODEL, checkpoints.METADATA)):
         raise UsageError(f"{folder} holds no whole checkpoint; give a run that has saved one")
     has_tokenizer = (root / "tokenizer.json").is_file()
     return Run(
@@ -56,13 +70,16 @@ def open_run(folder: str | Path) -> Run:
     )
 
 
-def _root(folder: Path) -> Path:
-    return folder.parent.parent if folder.parent.name == "checkpoints" else folder
+def root_of(folder: str | Path) -> Path:
+    """The run that a checkpoint folder belongs to; any other folder as it is, wherever it lies."""
+    folder = Path(folder)
+    inside = folder.parent.name == "checkpoints" and not (folder / "config.json").exists()
+    return folder.parent.parent if inside else folder
 
 
 def _settings(root: Path) -> dict:
     try:
-        values = json_text.parse((root / "config.json").read_bytes())
+        values = json_text.parse(read(root / "config.json"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

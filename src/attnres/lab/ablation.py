@@ -83,7 +83,7 @@ class AblationConfig:
 
     def _cell(self, row: Row, seed: int, shape: dict[str, Any]) -> Cell:
         model = DecoderConfig(**shape, residual=row.residual, residual_options=row.options)
-        model.build_residual()
+        model.check_residual()
         folder = "".join(c if c.isalnum() else "-" for c in row.name.lower()).replace("--", "-")
         out = self.train.out / "runs" / f"{folder}-seed{seed}"
         return Cell(f"{row.name}, seed {seed}", dataclasses.replace(self.train, model=model, seed=seed, out=out))

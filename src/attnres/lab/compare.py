@@ -64,7 +64,7 @@ def compare(config: CompareConfig, command: str = "") -> dict[str, Any]:
     """
     out = config.train.out
     for run in config.runs():
-        run.model.build_residual()
+        run.model.check_residual()
     with opened(config.train) as (train, corpus):
         config = dataclasses.replace(config, train=train)
         runs = config.runs()

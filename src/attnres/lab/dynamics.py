@@ -12,6 +12,7 @@ from ..analysis.dynamics_figure import dynamics_figure
 from ..analysis.dynamics_page import write_page
 from ..analysis.figures import save, write_figures
 from ..analysis.probe import probe
+from ..files import read
 from ..model import Decoder
 from ..train import hardware
 from ..train.config import TrainConfig
@@ -34,7 +35,7 @@ def dynamics(
     """
     out = config.train.out
     for run in config.runs():
-        run.model.build_residual()
+        run.model.check_residual()
     with opened(config.train) as (train, corpus):
         config = dataclasses.replace(config, train=train)
         runs = config.runs()
@@ -76,7 +77,7 @@ def train_and_watch(config: TrainConfig) -> dict[str, Any]:
 def read_dynamics(file: Path) -> dict[str, list[Any]]:
     """The records of a run by step; of steps that a resumed run repeated the last is kept."""
     by_step: dict[int, dict[str, Any]] = {}
-    for line in file.read_bytes().splitlines():
+    for line in read(file).splitlines():
         try:
             record = json_text.parse_object(line)
         except ValueError:  # the run was killed while it wrote

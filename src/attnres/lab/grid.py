@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -21,14 +21,14 @@ from typing import Any
 
 import torch
 
-from .. import json_text
+from .. import files
 from ..analysis.style import require_matplotlib
 from ..errors import Failure, UsageError
 from ..train import hardware
 from ..train.checkpoint import check_compatible
 from ..train.config import TrainConfig
 from ..train.data import Corpus, load_corpus
-from ..train.run_folder import held, read_config
+from ..train.run_folder import held, read_config, settled
 from ..train.stopping import starting_deaf_processes
 from ..version import __version__
 from .worker import Measure, send_result, train_and_probe
@@ -60,8 +60,9 @@ def opened(train: TrainConfig) -> Iterator[tuple[TrainConfig, Corpus]]:
     """
     require_matplotlib()
     corpus = load_corpus(train.data, train.tokenizer, train.cache_dir, text_column=train.text_column)
+    train = settled(train.with_vocabulary(corpus.tokenizer.vocab_size))
     with held(train.out, wait=False):
-        yield train.with_vocabulary(corpus.tokenizer.vocab_size), corpus
+        yield train, corpus
 
 
 def run_grid(
@@ -94,10 +95,7 @@ def run_grid(
     results: dict[int, dict[str, Any]] = {}
     for i, cell in enumerate(cells):
         if (file := cell.config.out / "result.json").exists():
-            try:
-                results[i] = json_text.parse_object(file.read_bytes())
-            except (OSError, ValueError) as error:
-                raise Failure(f"{file} cannot be read ({error}); remove it, and the run is measured again") from error
+            results[i] = _finished(file)
     grid = _Grid(cells, jobs, results, keep_checkpoints, measure)
     try:
         grid.run(None if minutes is None else time.monotonic() + 60 * minutes)
@@ -166,7 +164,12 @@ class _Grid:
         with starting_deaf_processes(signal.SIGINT):  # on Ctrl-C this process tells it to stop
             # threads that spin at barriers crawl as soon as another program wants a core
             os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-            process.start()
+            try:
+                process.start()
+            except (EOFError, OSError) as error:  # what forks the runs was killed
+                raise Failure(
+                    f"no process could be started for {cell.name} ({type(error).__name__}); call again to continue"
+                ) from error
         sender.close()
         self.running[receiver] = (i, process, time.monotonic())
 
@@ -175,7 +178,7 @@ class _Grid:
         cell = self.cells[i]
         try:
             answer = receiver.recv()
-        except EOFError:
+        except (EOFError, OSError):  # it was killed, perhaps in the middle of its answer
             process.join()
             code = process.exitcode
             answer = Failure(f"the run in {cell.config.out} ended with exit code {code}; call again to continue")
@@ -213,7 +216,7 @@ def provenance(config: TrainConfig, corpus: Corpus, command: str) -> dict[str, A
         "torch": torch.__version__,
         "python": platform.python_version(),
         "device": hardware.describe(device),
-        "dtype": str(hardware.find_precision(config.precision, device)).removeprefix("torch."),
+        "dtype": hardware.name_of(hardware.find_precision(config.precision, device)),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "corpus": {"name": corpus.name, "train_tokens": len(corpus.train), "val_tokens": len(corpus.validation)},
         "train": config.to_dict(),
@@ -222,14 +225,17 @@ def provenance(config: TrainConfig, corpus: Corpus, command: str) -> dict[str, A
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON, whole or not at all. Raises Failure if it cannot be written."""
-    scratch = path.with_name(path.name + ".tmp")
     try:
-        scratch.write_text(json.dumps(value, indent=1) + "\n")
-        os.replace(scratch, path)
+        files.write(path, json.dumps(value, indent=1) + "\n")
     except OSError as error:
-        with suppress(OSError):
-            scratch.unlink(missing_ok=True)
         raise Failure(f"cannot write {path}: {error.strerror}; free some space and call again") from error
+
+
+def _finished(file: Path) -> dict[str, Any]:
+    try:
+        return json_text.parse_object(files.read(file))
+    except (OSError, ValueError) as error:
+        raise Failure(f"{file} cannot be read: {error}; remove it, and its run is done again") from error
 
 
 def _check_resumable(cells: Sequence[Cell]) -> None:
@@ -237,15 +243,23 @@ def _check_resumable(cells: Sequence[Cell]) -> None:
         out = cell.config.out
         if (out / "config.json").exists():
             try:
-                check_compatible(read_config(out).curve(), cell.config.curve())
+                saved = read_config(out).with_precision_of(cell.config)
+                check_compatible(saved.results(), cell.config.results())
             except UsageError as error:
                 raise UsageError(f"out holds another comparison, choose another --out: in {out} {error}") from error
 
 
 def _commit() -> str | None:
-    folder = Path(__file__).parent
+    """The commit of this code; None where the repository around it, such as that of a virtual environment's owner, does
+    not hold it."""
     try:
-        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True)
+        if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+            return None
+        return _git("rev-parse", "--short", "HEAD")
     except OSError:
         return None
-    return git.stdout.strip() or None
+
+
+def _git(*arguments: str) -> str | None:
+    done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip() or None if done.returncode == 0 else None

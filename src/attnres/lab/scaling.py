@@ -92,7 +92,7 @@ class ScalingConfig:
         for size in self.sizes:
             base = self._model(size, self.residuals[0]).flops_per_token(self.train.context)
             for residual in self.residuals:
-                self._model(size, residual).build_residual()
+                self._model(size, residual).check_residual()
                 own = self._model(size, residual).flops_per_token(self.train.context)
                 if abs(own / base - 1) > MATCHED:
                     raise UsageError(

@@ -112,7 +112,7 @@ class SweepConfig:
                             f"are {own:.3g} and not {target:.3g}; raise parameters or compute, or leave this ratio out"
                         )
                 for residual in self.residuals:
-                    self.model(width, heads, residual).build_residual()
+                    self.model(width, heads, residual).check_residual()
 
 
 def sweep(config: SweepConfig, command: str = "") -> dict[str, Any]:

@@ -10,6 +10,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from io import TextIOWrapper
 from statistics import median
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 
 from ..analysis.probe import probe
 from ..errors import Failure
+from ..files import opened_if_regular
 from ..train import hardware
 from ..train.config import TrainConfig
 from ..train.data import load_corpus, validation_batches
@@ -36,7 +38,8 @@ def send_result(measure: Measure, config: TrainConfig, sender: Any, threads: int
         if threads is not None:
             torch.set_num_threads(threads)
             config.out.mkdir(parents=True, exist_ok=True)
-            sys.stderr = (config.out / "log.txt").open("a")
+            log = open(config.out / "log.txt", "ab", opener=opened_if_regular)  # noqa: SIM115
+            sys.stderr = TextIOWrapper(log, "utf-8", "backslashreplace", line_buffering=True)
         answer: Any = measure(config)
     except Exception as error:
         error.add_note(traceback.format_exc())

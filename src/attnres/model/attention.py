@@ -131,7 +131,7 @@ class Attention(nn.Module):
 
 def rotary_factors(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """cos and sin [..., T, head_dim] in fp32 for positions [..., T]; the two halves of a head rotate together."""
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+    if torch.compiler.is_compiling():
         return _opaque_rotary_factors(positions, head_dim, theta)
     return _rotary_factors(positions, head_dim, theta)
 

@@ -4,9 +4,13 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from .. import residual as residuals
 from ..errors import UsageError
 
+MOST, MOST_BLOCKS, MOST_ELEMENTS = 2**31 - 1, 2**16, 2**50
+"""Bounds of a size, of the Transformer blocks, and of a matrix: far beyond any model, and within 64-bit arithmetic."""
 ATTENTION_KINDS = ("gqa", "mla", "kda")
 
 
@@ -105,6 +109,7 @@ class DecoderShape:
             raise UsageError(f"rms_norm_eps must be zero or positive; it is {self.rms_norm_eps}")
         self._set_attention()
         self._set_experts()
+        self._check_elements()
 
     def _set_attention(self) -> None:
         self.attention_pattern = tuple(self.attention_pattern)  # a list if it comes from a JSON file
@@ -148,6 +153,22 @@ class DecoderShape:
         if not 0 < self.routed_scaling_factor < float("inf"):
             raise UsageError(f"routed_scaling_factor must be positive; it is {self.routed_scaling_factor}")
 
+    def _check_elements(self) -> None:
+        assert self.head_dim and self.intermediate_size and self.moe_intermediate_size and self.linear_head_dim
+        heads = max(self.num_attention_heads * self.head_dim, (self.linear_num_heads or 0) * self.linear_head_dim)
+        widths = {
+            "vocab_size": self.vocab_size,
+            "intermediate_size": self.intermediate_size,
+            "num_experts x moe_intermediate_size": self.num_experts * self.moe_intermediate_size,
+            "the width of all heads": heads,
+            "hidden_size": self.hidden_size,
+        }
+        for name, width in widths.items():
+            if width * self.hidden_size > MOST_ELEMENTS:
+                raise UsageError(
+                    f"{name} x hidden_size must be at most {MOST_ELEMENTS}; it is {width} x {self.hidden_size}"
+                )
+
     @property
     def attention_kinds(self) -> tuple[str, ...]:
         """The kind of attention of every Transformer block."""
@@ -185,6 +206,11 @@ class DecoderConfig(DecoderShape):
             self.residual, self.hidden_size, self.num_layers, **{**defaults, **self.residual_options}
         )
 
+    def check_residual(self) -> None:
+        """Raises UsageError for options that the residual connection refuses; takes no memory."""
+        with torch.device("meta"):
+            self.build_residual()
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -213,3 +239,6 @@ class DecoderConfig(DecoderShape):
 def _positive(name: str, value: Any, least: int = 1) -> None:
     if not isinstance(value, int) or value < least:
         raise UsageError(f"{name} must be a {'positive' if least else 'non-negative'} whole number; it is {value!r}")
+    most = MOST_BLOCKS if name == "num_hidden_layers" else MOST
+    if value > most:
+        raise UsageError(f"{name} must be at most {most}; it is {value}")

@@ -6,6 +6,7 @@ each layer's norm, so that a mechanism can fuse it, and runs the layer on what c
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -140,9 +141,23 @@ def init_weights(decoder: Decoder, seed: int) -> None:
     with torch.no_grad():
         for name, value in initial_weights(decoder, seed, decoder.embed_tokens.weight.device):
             parameters[name].copy_(value)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed, decoder.embed_tokens.weight.device):
         decoder.residual.reset_parameters()
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Within, what is drawn on the CPU or on `device` follows from the seed; afterwards all generators are as before.
+
+    `torch.manual_seed` would seed every device for good.
+    """
+    others = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(others, device_type=others[0].type if others else "cuda"):
+        torch.default_generator.manual_seed(seed)
+        for other in others:
+            with torch.get_device_module(other).device(other):
+                torch.get_device_module(other).manual_seed(seed)
+        yield
 
 
 def initial_weights(decoder: Decoder, seed: int, device: torch.device) -> Iterator[tuple[str, Tensor]]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..errors import UsageError
+from ..errors import Failure, UsageError
 from .cache import KeyValueCache
 from .decoder import Decoder
 
@@ -31,7 +31,8 @@ def generate(
     text. prefill_chunk: read the prompt so many tokens at a time, so that a residual connection's state has at most
     that length (the sources of depth attention: N x prefill_chunk x D); the default reads it at once.
 
-    Raises UsageError for an empty prompt, one that leaves no room in the model's context, or settings out of range.
+    Raises UsageError for an empty prompt, one that leaves no room in the model's context, or settings out of range;
+    Failure where the logits are not finite.
     """
     longest = model.config.max_position_embeddings
     if prompt.dim() != 1:
@@ -48,6 +49,8 @@ def generate(
             f"temperature 0 takes the likeliest token and leaves nothing for top_k, which is {top_k}; leave one of "
             "them out"
         )
+    if not -(2**63) <= seed < 2**63:
+        raise UsageError(f"seed must fit 64 bits; it is {seed}")
     if prefill_chunk is not None and prefill_chunk < 1:
         raise UsageError(f"prefill_chunk must be a positive number of tokens, or None; it is {prefill_chunk}")
     if len(prompt) + max_new_tokens > longest:
@@ -57,11 +60,15 @@ def generate(
         )
     generator = torch.Generator(prompt.device).manual_seed(seed)
     cache = KeyValueCache()
-    *earlier, tokens = prompt[None].split(prefill_chunk or len(prompt), 1)
+    *earlier, tokens = prompt[None].split(min(prefill_chunk or len(prompt), len(prompt)), 1)
     for chunk in earlier:
         model(chunk, cache, logits_to_keep=1)
     for _ in range(max_new_tokens):
         logits = model(tokens, cache, logits_to_keep=1)[0, -1].float()
+        if not logits.isfinite().all():
+            raise Failure(
+                "the model's output is not finite; its weights or buffers are not, or overflow: use another checkpoint"
+            )
         if temperature < torch.finfo(logits.dtype).tiny:
             token = int(logits.argmax())
         else:

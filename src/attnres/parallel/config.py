@@ -9,6 +9,7 @@ import torch
 
 from ..errors import UsageError
 from ..model import DecoderConfig
+from ..model.config import MOST
 
 ScheduleName = Literal[
     "GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"
@@ -208,3 +209,5 @@ class ParallelConfig:
 def _positive(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UsageError(f"parallel.{name} must be a positive whole number; it is {value!r}")
+    if value > MOST:
+        raise UsageError(f"parallel.{name} must be at most {MOST}; it is {value}")

@@ -32,16 +32,24 @@ def launched_processes() -> int:
 
 
 @contextmanager
-def joined(config: ParallelConfig, device: torch.device) -> Iterator[DeviceMesh]:
+def connected(config: ParallelConfig, device: torch.device) -> Iterator[None]:
     """Joins the job that torchrun started; at a good end all leave it together, unless they were in it before.
 
     After an error this process leaves without the others, which notice and end too: waiting for them could take
-    config.timeout.
+    config.timeout. Raises UsageError where torchrun did not start this process.
     """
     before = distributed.is_initialized()
-    yield build(config, device)
+    _connect(config, device)
+    yield
     if not before:
         distributed.destroy_process_group()
+
+
+@contextmanager
+def joined(config: ParallelConfig, device: torch.device) -> Iterator[DeviceMesh]:
+    """`connected`, with the mesh of the job."""
+    with connected(config, device):
+        yield build(config, device)
 
 
 def build(config: ParallelConfig, device: torch.device) -> DeviceMesh:
@@ -50,25 +58,30 @@ def build(config: ParallelConfig, device: torch.device) -> DeviceMesh:
     Starts the process groups unless they run: gloo for a CPU, NCCL for CUDA, where each process takes the GPU of its
     local rank. Raises UsageError where torchrun did not start this process, or for another number of them.
     """
-    timeout = timedelta(seconds=config.timeout)
-    if not distributed.is_initialized():
-        if missing := [name for name in LAUNCHER if name not in os.environ]:
-            raise UsageError(
-                f"parallel needs {config.world_size} processes, and torchrun did not start this one ({missing[0]} is "
-                f"not set); use: torchrun --nproc-per-node {config.world_size} ..."
-            )
-        if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        store, rank, size = fresh_store(timeout)
-        distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    _connect(config, device)
     if config.world_size != distributed.get_world_size():
         raise UsageError(
             f"parallel.dp x shard x tp x pp must be the number of processes: {config.world_size}, and there are "
             f"{distributed.get_world_size()}"
         )
     sizes = tuple(getattr(config, name) for name in DIMENSIONS)
-    return _mesh(sizes, timeout, device.type, distributed.group.WORLD)
+    return _mesh(sizes, timedelta(seconds=config.timeout), device.type, distributed.group.WORLD)
+
+
+def _connect(config: ParallelConfig, device: torch.device) -> None:
+    if distributed.is_initialized():
+        return
+    if missing := [name for name in LAUNCHER if name not in os.environ]:
+        raise UsageError(
+            f"parallel needs {config.world_size} processes, and torchrun did not start this one ({missing[0]} is "
+            f"not set); use: torchrun --nproc-per-node {config.world_size} ..."
+        )
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    timeout = timedelta(seconds=config.timeout)
+    store, rank, size = fresh_store(timeout)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
 def of_experts(config: ParallelConfig, mesh: DeviceMesh) -> DeviceMesh | None:

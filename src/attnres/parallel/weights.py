@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ..model import Decoder, DecoderConfig
-from ..model.decoder import Backbone, initial_weights
+from ..model.decoder import Backbone, initial_weights, seeded
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 
@@ -29,8 +29,7 @@ def initial_values(config: DecoderConfig, seed: int) -> Iterator[tuple[str, Tens
     with torch.device("meta"):
         decoder = Decoder(config)
     yield from initial_weights(decoder, seed, torch.device("cpu"))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed, torch.device("cpu")):
         residual = config.build_residual()
     for name, parameter in residual.named_parameters():
         yield f"residual.{name}", parameter.detach()

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from filelock import FileLock
 
 from ..errors import Failure
+from ..files import sync
 
 T = TypeVar("T")
 
@@ -26,16 +28,30 @@ def cached(path: Path, load: Callable[[Path], T | None], write: Callable[[Binary
         return value
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # The operating system frees this lock when its holder dies, so a killed build blocks nobody.
-        with FileLock(f"{path}.lock"):
+        with _alone(path) as alone:
             if (value := load(path)) is not None:
                 return value
-            for left_by_a_killed_build in path.parent.glob(f".{path.name}.*.partial"):
+            for left_by_a_killed_build in path.parent.glob(f".{path.name}.*.partial") if alone else ():
                 left_by_a_killed_build.unlink(missing_ok=True)
             write_whole(path, write)
     if (value := load(path)) is None:
         raise Failure(f"{path} was just written but does not read back; check the disk or set ATTNRES_CACHE elsewhere")
     return value
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[bool]:
+    """Keeps others from building the entry, and says whether it can; without locks all build, each its own file."""
+    with ExitStack() as stack:
+        locked = True
+        try:
+            # The operating system frees this lock when its holder dies, so a killed build blocks nobody.
+            stack.enter_context(FileLock(f"{path}.lock"))
+        except (OSError, NotImplementedError) as error:
+            if isinstance(error, OSError) and error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
+            locked = False
+        yield locked
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -45,16 +61,11 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
         with open(unfinished, "w+b") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())
+            sync(unfinished)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
-    if os.name == "posix":  # the new name itself is durable only once the folder is synced
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    sync(path.parent)  # the new name itself is durable only then
 
 
 def write_text(file: BinaryIO, text: str) -> None:
@@ -67,6 +78,6 @@ def writing(path: Path) -> Iterator[None]:
     """A context in which what the system refuses is a Failure that names `path` and the mend."""
     try:
         yield
-    except (OSError, NotImplementedError) as error:  # filelock raises the latter on file systems without locks
+    except (OSError, NotImplementedError) as error:  # filelock's older versions, without locks
         reason = getattr(error, "strerror", None) or error
         raise Failure(f"cannot write {path} ({reason}); free space or use another folder (ATTNRES_CACHE)") from error

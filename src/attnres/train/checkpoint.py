@@ -26,6 +26,7 @@ from torch import Tensor
 
 from .. import json_text
 from ..errors import Failure, UsageError
+from ..files import opened_if_regular, read, sync
 from .nested import Tensors, decode, encode
 from .rng import rng_state, set_rng_state
 
@@ -109,7 +110,7 @@ def new_checkpoint(root: str | Path, step: int, keep: int) -> Iterator[Path]:
             _remove(previous)
             os.rename(folder, previous)
         os.rename(scratch, folder)
-    _sync(folder.parent)
+    sync(folder.parent)
     _remove(previous)
     earlier = [path for path in _newest_first(folder.parent) if _step(path) < step]
     for path in earlier[keep - 1 :]:
@@ -158,7 +159,7 @@ def check_compatible(saved_config: Mapping[str, Any], config: Mapping[str, Any])
 
     Both are nested mappings of JSON values; lists and tuples count as equal.
     """
-    saved, own = _flat(saved_config), _flat(config)
+    saved, own = flat(saved_config), flat(config)
     different = [
         f"{field} ({saved.get(field, 'absent')} in the checkpoint, {own.get(field, 'absent')} now)"
         for field in [*saved, *(field for field in own if field not in saved)]
@@ -171,12 +172,12 @@ def check_compatible(saved_config: Mapping[str, Any], config: Mapping[str, Any])
         )
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Dotted field names with their values as JSON text."""
     fields: dict[str, str] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
-            fields.update(_flat(value, f"{prefix}{key}."))
+            fields.update(flat(value, f"{prefix}{key}."))
         else:
             fields[f"{prefix}{key}"] = json.dumps(value)
     return fields
@@ -203,7 +204,7 @@ def _scratch_folder(folder: Path) -> Iterator[Path]:
     scratch.mkdir()
     lock = os.open(scratch, os.O_RDONLY)
     try:
-        with suppress(OSError):  # a file system without locks
+        with suppress(OSError):  # a file system without locks, where nothing is swept either
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield scratch
     finally:
@@ -229,7 +230,7 @@ def _remove(path: Path) -> None:
     grave = path.with_name(f"{_REMOVING}{path.name}-{secrets.token_hex(4)}")
     try:
         os.rename(path, grave)
-        _sync(path.parent)
+        sync(path.parent)
         shutil.rmtree(grave)
     except FileNotFoundError:
         pass
@@ -244,7 +245,7 @@ def _write(folder: Path, manifest: dict[str, Any], model: Tensors, others: Tenso
         file = folder / name
         save_file(tensors.stored, file, metadata={"format": "pt"})
         file.chmod(readers)  # safetensors makes files for their owner alone, whatever the umask says
-        _sync(file)
+        sync(file)
         manifest["files"][name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
     write_manifest(folder, manifest)
 
@@ -253,8 +254,8 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Writes state.json, which names every other file of the checkpoint and so comes last."""
     manifest["sha256"] = _checksum(manifest)
     (folder / STATE).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    _sync(folder / STATE)
-    _sync(folder)
+    sync(folder / STATE)
+    sync(folder)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -266,7 +267,7 @@ def _verify(path: Path) -> dict[str, Any]:
     """The contents of state.json, once all files are known to be whole; Failure names the one that is not."""
     file = path / STATE
     try:
-        manifest = json_text.parse_object(file.read_bytes())
+        manifest = json_text.parse_object(read(file))
         if manifest.pop("sha256") != _checksum(manifest):
             raise ValueError("its checksum differs")
         if manifest["format"] not in (PLAIN, SHARDED):
@@ -299,17 +300,8 @@ def _checksum(manifest: dict[str, Any]) -> str:
 
 def sha256(file: Path) -> str:
     """The checksum of a file's contents, in hexadecimal."""
-    with file.open("rb") as stream:
+    with open(file, "rb", opener=opened_if_regular) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Returns once the file's or folder's contents are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _reason(error: Exception) -> str:

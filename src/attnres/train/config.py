@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import UsageError
+from ..files import user_path
 from ..model import DecoderConfig, preset
 from ..parallel.config import ParallelConfig
 from .optim import OptimConfig
@@ -26,6 +28,16 @@ FREE_TO_CHANGE = (
     "parallel",
     "checkpointing",
 )
+# Where the text lies and how it is read: the fingerprint of the corpus tells whether it is the same.
+OF_THE_CORPUS = ("data", "tokenizer", "text_column")
+# How the loss curve is looked at, which it does not depend on.
+OF_VALIDATION = ("validate_every", "validation_tokens")
+# The learning rate may depend on it: `optim.same_rates` tells whether that of the steps so far does.
+LENGTH = ("steps",)
+
+
+# Far beyond any run; larger numbers overflow in the arithmetic of floats, tensors and generators.
+MOST = defaultdict(lambda: 2**53, batch_size=2**31 - 1, context=2**31 - 1, workers=2**16, seed=2**63 - 1)
 
 
 @dataclass
@@ -79,8 +91,8 @@ class RunConfig:
     """Folder of token caches; the default is ATTNRES_CACHE or the user's cache folder."""
 
     def __post_init__(self) -> None:
-        self.out = Path(self.out)
-        self.cache_dir = None if self.cache_dir is None else Path(self.cache_dir)
+        self.out = user_path(self.out)
+        self.cache_dir = None if self.cache_dir is None else user_path(self.cache_dir)
         positive = ("steps", "batch_size", "accumulate", "context", "validate_every", "validation_tokens")
         for name in (*positive, "checkpoint_every", "keep", "log_every"):
             value = getattr(self, name)
@@ -89,6 +101,9 @@ class RunConfig:
         for name in ("workers", "seed"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} must be zero or more; it is {getattr(self, name)}")
+        for name in (*positive, "checkpoint_every", "keep", "log_every", "workers", "seed"):
+            if getattr(self, name) > MOST[name]:
+                raise UsageError(f"{name} must be at most {MOST[name]}; it is {getattr(self, name)}")
         if self.validation_tokens < self.context:
             raise UsageError(
                 f"validation_tokens must be at least context, {self.context}; it is {self.validation_tokens}"
@@ -138,9 +153,19 @@ class TrainConfig(RunConfig):
             return self
         return dataclasses.replace(self, model=dataclasses.replace(self.model, vocab_size=size))
 
-    def curve(self) -> dict[str, Any]:
-        """The fields that determine the loss curve; a run is continued only with equal ones."""
+    def with_precision_of(self, other: TrainConfig) -> TrainConfig:
+        """This run with the precision of `other` where its own is left to the machine."""
+        return self if self.precision != "auto" else dataclasses.replace(self, precision=other.precision)
+
+    def results(self) -> dict[str, Any]:
+        """The fields that determine what a run comes to, its validation included."""
         return {name: value for name, value in self.to_dict().items() if name not in FREE_TO_CHANGE}
+
+    def curve(self) -> dict[str, Any]:
+        """The fields that determine the loss curve beside the corpus and the length of the run, which are compared with
+        a checkpoint; a run is continued only with equal ones."""
+        beside = (*OF_THE_CORPUS, *OF_VALIDATION, *LENGTH)
+        return {name: value for name, value in self.results().items() if name not in beside}
 
 
 def _checked(cls: Any, values: dict[str, Any], prefix: str) -> Any:

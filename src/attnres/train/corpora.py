@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..files import user_path
 from ..text_file import why_no_text
 from . import records
 from .pieces import COMPRESSIONS, cut, kind, pieces
@@ -70,7 +71,7 @@ def open_source(data: str, text_column: str) -> Source:
         if not files:
             raise UsageError(f"this Python has no library source in {root}; give --data a text file or a folder")
         return _files_source(f"python-{platform.python_version()}-stdlib", root, files, text_column)
-    path = Path(data).expanduser()
+    path = user_path(data)
     if path.is_file():
         if not _is_known(path) and kind(path):
             raise UsageError(

@@ -32,6 +32,7 @@ import numpy as np
 
 from .. import json_text
 from ..errors import UsageError
+from ..files import user_path
 from .batches import Batches, validation_batches
 from .cache import cached
 from .corpora import Source, open_source
@@ -75,7 +76,7 @@ def load_corpus(
     """
     if not 0 < validation_fraction < 1:
         raise UsageError(f"validation_fraction must lie between 0 and 1, but is {validation_fraction}")
-    cache_dir = default_cache_dir() if cache_dir is None else Path(cache_dir)
+    cache_dir = default_cache_dir() if cache_dir is None else user_path(cache_dir)
     source = open_source("stdlib" if data is None else str(data), text_column)
 
     def training_text() -> Iterator[bytes]:
@@ -114,10 +115,15 @@ class Corpus:
 
 
 def default_cache_dir() -> Path:
-    """ATTNRES_CACHE, else XDG_CACHE_HOME/attnres, else ~/.cache/attnres."""
+    """ATTNRES_CACHE, else XDG_CACHE_HOME/attnres, else ~/.cache/attnres. Raises UsageError where there is no home."""
     if folder := os.environ.get("ATTNRES_CACHE"):
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attnres"
+        return user_path(folder)
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return user_path(folder) / "attnres"
+    try:
+        return Path.home() / ".cache" / "attnres"
+    except RuntimeError as error:
+        raise UsageError("no home folder is known here to cache tokens in; set ATTNRES_CACHE to a folder") from error
 
 
 def _read_cache(path: Path, key: str) -> tuple[np.ndarray, np.ndarray] | None:

@@ -13,7 +13,7 @@ from ..model import Decoder
 
 @torch.no_grad()
 def first_non_finite(model: Decoder, input_ids: Tensor, context: AbstractContextManager[Any]) -> str:
-    """Runs the batch again and names the first layer whose output is not finite, and a weight that is not."""
+    """Runs the batch again and names the first layer whose output is not finite, and a tensor that is not."""
     found: list[str] = []
 
     def watch(name: str) -> Any:
@@ -33,13 +33,16 @@ def first_non_finite(model: Decoder, input_ids: Tensor, context: AbstractContext
         for handle in handles:
             handle.remove()
     where = f"the output of {found[0]} went non-finite first" if found else "every layer's output is finite"
-    weight = non_finite_weight(model)
-    return f"{where}; the weight {weight} is not finite" if weight else where
+    wrong = non_finite_tensor(model)
+    return f"{where}; {wrong} is not finite" if wrong else where
 
 
-def non_finite_weight(model: nn.Module) -> str | None:
-    """The name of the first weight that is not finite."""
-    return next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None)
+def non_finite_tensor(model: nn.Module) -> str | None:
+    """ "the weight NAME" or "the buffer NAME", the first of what a checkpoint saves that is not finite."""
+    saved = model.state_dict().keys()
+    tensors: list[tuple[str, str, Tensor]] = [("weight", *pair) for pair in model.named_parameters()]
+    tensors += [("buffer", *pair) for pair in model.named_buffers() if pair[0] in saved]
+    return next((f"the {kind} {name}" for kind, name, tensor in tensors if not tensor.isfinite().all()), None)
 
 
 def first_non_finite_gradient(model: Decoder) -> str:

@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -34,6 +35,11 @@ def find_precision(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" or _cpu_has_bf16() else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def name_of(precision: torch.dtype) -> Literal["float32", "bfloat16"]:
+    """What `find_precision` finds it by."""
+    return "bfloat16" if precision == torch.bfloat16 else "float32"
 
 
 def _cpu_has_bf16() -> bool:
@@ -77,6 +83,16 @@ def peak_memory(device: torch.device) -> int:
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def memory(device: torch.device) -> int | None:
+    """Bytes that the device has, swap included for a CPU; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    with suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(("MemTotal:", "SwapTotal:")))
+    return None
 
 
 def describe(device: torch.device) -> str:

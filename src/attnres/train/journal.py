@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from .. import json_text
+from .. import files, json_text
 from ..errors import Failure
 from .event_file import EventFile
 
@@ -43,7 +42,7 @@ class Journal:
     def sync(self) -> None:
         """Returns once all records are on the disk. A checkpoint must not get there before the records up to it."""
         with self._writing():
-            os.fsync(self._file.fileno())
+            files.sync(self.path)
 
     def progress(self, step: int, text: str, line: bool) -> None:
         """Moves the bar to `step`; without a terminal prints `text` as a line if `line`."""
@@ -53,14 +52,16 @@ class Journal:
             self.say(f"{self.label}  step {step:>{len(str(self.total_steps))}}/{self.total_steps}  {text}")
 
     def say(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        with suppress(OSError):  # whoever read this has gone, such as a closed terminal: no reason to end a run
+            if self._bar is not None:
+                self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            else:
+                print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with suppress(OSError):
+                self._bar.stop()
         with suppress(OSError):  # a full disk, which the failed record has told
             self._file.close()
         if self._board is not None:
@@ -103,7 +104,7 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
     """The records of a run, oldest first; a half-written last line is left out."""
     path = out / "metrics.jsonl"
     records = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
+    for line in files.read(path).splitlines() if path.exists() else []:
         try:
             records.append(json_text.parse_object(line))
         except ValueError:
@@ -113,9 +114,7 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
 
 def _keep_until(path: Path, step: int) -> None:
     kept = [record for record in read_metrics(path.parent) if record["step"] <= step]
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    os.replace(scratch, path)
+    files.write(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def _board(folder: Path, purge: int) -> EventFile | None:

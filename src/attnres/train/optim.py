@@ -106,6 +106,11 @@ def _schedule(step: int, total_steps: int, config: OptimConfig) -> float:
     return config.final_lr_fraction + (1 - config.final_lr_fraction) * remaining
 
 
+def same_rates(steps: int, total: int, other_total: int, config: OptimConfig) -> bool:
+    """Whether the first `steps` updates have the same learning rates in runs of two lengths."""
+    return all(_schedule(s, total, config) == _schedule(s, other_total, config) for s in range(steps))
+
+
 def _progress(step: int, start: int, end: int) -> float:
     return min(1.0, max(0.0, (step - start) / (end - start)))
 

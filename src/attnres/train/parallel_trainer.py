@@ -23,20 +23,26 @@ from torch.nn import functional as F
 
 from ..errors import Failure, UsageError
 from ..parallel import experts, gradients, mesh, shard, tensor
+from ..parallel.agreement import require_same
 from ..parallel.build import build_parts
 from ..parallel.pipeline import Layout, Pipeline
+from ..version import __version__
 from . import checkpoint, hardware, run_folder, sharded
 from .balance import balance_experts
 from .batches import Batches
-from .config import TrainConfig
+from .config import OF_THE_CORPUS, TrainConfig
 from .data import Corpus, load_corpus
-from .diagnose import non_finite_weight
+from .diagnose import non_finite_tensor
 from .journal import Journal, SilentJournal
 from .optim import build_optimizer
+from .shortage import check_size, model_too_large, telling_shortage
 from .trainer import Result, Trainer
 
 IGNORED = -100
 """The target of a token that does not count."""
+
+OF_THE_MACHINE = ("device", "cache_dir", "workers")
+"""Settings that may differ between the machines of a job."""
 
 
 def train_in_parallel(config: TrainConfig, resume: bool = False) -> Result:
@@ -47,19 +53,23 @@ def train_in_parallel(config: TrainConfig, resume: bool = False) -> Result:
     if config.compile:
         raise UsageError("compile works in a single process only; leave it out, or leave out parallel")
     device = hardware.find_device(config.device)
-    config.model.build_residual()
+    config.model.check_residual()
     # Before the processes wait for each other: one builds the cache, the others wait for its lock as long as it takes.
     corpus = load_corpus(config.data, config.tokenizer, config.cache_dir, text_column=config.text_column)
     config = config.with_vocabulary(corpus.tokenizer.vocab_size)
-    with _contact(config.parallel.timeout), mesh.joined(config.parallel, device) as processes:
+    with _contact(config.parallel.timeout), mesh.connected(config.parallel, device):
+        require_same(_of_the_job(run_folder.settled(config), corpus))
         # an agent of torchrun counts only the restarts that a process of its own node caused
         restarted = _over_all(float(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")), device) > 0
         resume = sharded.on_first(lambda: resume or (restarted and (config.out / "config.json").exists()))
         sharded.on_first(lambda: run_folder.check_folder(config.out, resume))
         if resume:
-            saved = sharded.on_first(lambda: run_folder.read_config(config.out).curve())
-            checkpoint.check_compatible(saved, config.curve())
-        trainer = ParallelTrainer(config, corpus, processes, device)
+            saved = sharded.on_first(lambda: run_folder.read_config(config.out))
+            config = run_folder.continued(saved, config)
+        config = run_folder.settled(config)
+        check_size(config)
+        with telling_shortage(model_too_large):
+            trainer = ParallelTrainer(config, corpus, mesh.build(config.parallel, device), device)
         with run_folder.held(config.out) if trainer.is_first else _nothing():
             if resume:
                 trainer.restore(sharded.on_first(lambda: run_folder.newest_checkpoint(config.out)))
@@ -71,6 +81,13 @@ def train_in_parallel(config: TrainConfig, resume: bool = False) -> Result:
                     f"find {config.out / 'config.json'}, which the first has written; put --out on a shared disk"
                 )
             return trainer.run()
+
+
+def _of_the_job(config: TrainConfig, corpus: Corpus) -> dict[str, str]:
+    """What must be the same in all processes; machines may keep the same text in different places."""
+    fields = {name: value for name, value in config.to_dict().items() if name not in (*OF_THE_CORPUS, *OF_THE_MACHINE)}
+    data = {"fingerprint": corpus.fingerprint, "train": len(corpus.train), "validation": len(corpus.validation)}
+    return checkpoint.flat({**fields, "data": data, "version": __version__, "torch": torch.__version__})
 
 
 class ParallelTrainer(Trainer):
@@ -124,7 +141,7 @@ class ParallelTrainer(Trainer):
         if path is None:
             return
         state, self.step = sharded.load(path, self.parts, self.optimizer)
-        self._check_corpus(state["corpus"])
+        self._check_continuation(state, self.step)
         self.saved_at, self.earlier_peak_memory = path, state["peak_memory_bytes"]
 
     def _announce(self, journal: Journal) -> tuple[float, float]:
@@ -240,11 +257,10 @@ class ParallelTrainer(Trainer):
         return torch.cat([own, tokens.new_full((self.rows - len(own), tokens.shape[1]), filler)])
 
     def _save(self, journal: Journal) -> None:
-        weight = next(filter(None, map(non_finite_weight, self.parts)), None)
-        if _over_all(float(weight is not None), self.device):
-            raise self._diverged(
-                "the update is not finite", f"a weight is not: {weight or 'on another process'}", self.step
-            )
+        wrong = next(filter(None, map(non_finite_tensor, self.parts)), None)
+        if _over_all(float(wrong is not None), self.device):
+            where = f"{wrong} is not" if wrong else "a weight or buffer of another process is not"
+            raise self._diverged("the update is not finite", where, self.step)
         state = {
             "config": self.config.to_dict(),
             "corpus": self.corpus.fingerprint,

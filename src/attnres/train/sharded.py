@@ -7,10 +7,9 @@ the residual connection with a row a layer is saved row by row. Like torch's own
 
 from __future__ import annotations
 
-import secrets
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -124,27 +123,21 @@ def load_whole(path: Path, manifest: dict[str, Any], device: str | torch.device)
     return checkpoint.Checkpoint(model, state, manifest["state"], manifest["step"])
 
 
-def export(path: Path) -> None:
-    """Writes model.safetensors, the weights of the whole model, into a sharded checkpoint.
+def export(path: Path, folder: Path) -> None:
+    """Writes model.safetensors, the weights of the whole model in the sharded checkpoint `path`, into `folder`.
 
-    Raises Failure if the checkpoint is damaged or its folder cannot be written.
+    Raises Failure if the checkpoint is damaged or the folder cannot be written.
     """
     model = _whole_model(path, checkpoint.read_manifest(path), "cpu")
     if model.get(HEAD) is model[EMBEDDING]:
         del model[HEAD]
-    scratch = path / f".{checkpoint.MODEL}-{secrets.token_hex(4)}"
     try:
-        save_file(model, scratch, metadata={"format": "pt"})
-        scratch.chmod(path.stat().st_mode & 0o666)  # safetensors makes files for their owner alone
-        scratch.rename(path / checkpoint.MODEL)
+        save_file(model, folder / checkpoint.MODEL, metadata={"format": "pt"})
     except (OSError, SafetensorError) as error:
         raise Failure(
-            f"cannot write {path / checkpoint.MODEL}, the whole model out of the parts that lie there: {error}; make "
-            "the folder writable with space for it, or copy the run elsewhere"
+            f"cannot write {folder / checkpoint.MODEL}, the whole model out of the parts in {path}: {error}; set "
+            "TMPDIR to a folder with space for it"
         ) from error
-    finally:
-        with suppress(OSError):
-            scratch.unlink()
 
 
 def _whole_model(path: Path, manifest: dict[str, Any], device: str | torch.device) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ import numpy as np
 
 from .. import json_text
 from ..errors import UsageError
+from ..files import user_path
 from .cache import cached, write_text, write_whole, writing
 from .pieces import cut, cut_words
 
@@ -56,7 +57,7 @@ def load_tokenizer(
         if documents is None:
             raise UsageError(f"tokenizer {spec!r} needs a corpus to learn from; give a tokenizer.json instead")
         return _learned_bpe(int(size), documents, Path(cache_dir))
-    path = Path(spec).expanduser()
+    path = user_path(spec)
     if spec and path.is_dir():
         return load_tokenizer_from(path)
     if path.is_file():

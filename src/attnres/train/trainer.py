@@ -9,6 +9,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +22,10 @@ from . import checkpoint, hardware, run_folder
 from .balance import balance_experts
 from .config import TrainConfig
 from .data import Batches, Corpus, load_corpus, validation_batches
-from .diagnose import first_non_finite, first_non_finite_gradient, non_finite_weight
+from .diagnose import first_non_finite, first_non_finite_gradient, non_finite_tensor
 from .journal import Journal
 from .optim import build_optimizer
+from .shortage import check_size, model_too_large, telling_shortage
 from .stopping import STOPS, starting_deaf_processes, stop_signals
 
 Watch = Callable[[Decoder, int], None]
@@ -47,11 +49,11 @@ class Result:
 
 
 def train(config: TrainConfig, resume: bool = False, watch: Watch | None = None) -> Result:
-    """Runs `config` to its last step, or to a SIGTERM or Ctrl-C, which saves a checkpoint first.
+    """Runs `config` to its last step, or to a SIGTERM, SIGHUP or Ctrl-C, which saves a checkpoint first.
 
     With `resume` it goes on from the newest whole checkpoint in config.out (from the start if there is none); on a CPU
     the loss curve is then bit-identical to an uninterrupted run's. Raises UsageError for bad input, with nothing
-    written, and Failure for a full disk, a damaged checkpoint or a loss that is not finite.
+    written, and Failure for a full disk, a damaged checkpoint, too little memory or a loss that is not finite.
 
     `watch(model, step)` is called after each validation of a run in one process.
 
@@ -63,17 +65,21 @@ def train(config: TrainConfig, resume: bool = False, watch: Watch | None = None)
         return train_in_parallel(config, resume)
     config.parallel.check(1, config.model, config.batch_size, config.context)
     run_folder.check_folder(config.out, resume)
-    config.model.build_residual()  # refuses bad options before the corpus is read
+    config.model.check_residual()  # refuses bad options before the corpus is read
     corpus = load_corpus(config.data, config.tokenizer, config.cache_dir, text_column=config.text_column)
     config = config.with_vocabulary(corpus.tokenizer.vocab_size)
     if resume:
-        checkpoint.check_compatible(run_folder.read_config(config.out).curve(), config.curve())
-    trainer = Trainer(config, corpus)
+        config = run_folder.continued(run_folder.read_config(config.out), config)
+    config = run_folder.settled(config)
+    check_size(config)
+    with telling_shortage(model_too_large):
+        trainer = Trainer(config, corpus)
     trainer.watch = watch
     with run_folder.held(config.out):
         run_folder.check_folder(config.out, resume)
         if resume:
-            trainer.restore(run_folder.newest_checkpoint(config.out))
+            with telling_shortage(model_too_large):
+                trainer.restore(run_folder.newest_checkpoint(config.out))
         run_folder.write_config(config)
         corpus.tokenizer.save(config.out)
         return trainer.run()
@@ -106,7 +112,7 @@ class Trainer:
         if path is None:
             return
         saved = run_folder.load_checkpoint(path, self.config, self.device)
-        self._check_corpus(saved.state["corpus"])
+        self._check_continuation(saved.state, saved.step)
         self.model.load_state_dict(saved.model_tensors)
         self.optimizer.load_state_dict(saved.optimizer_state)
         if "rng" in saved.state:  # many processes have none in common
@@ -114,8 +120,9 @@ class Trainer:
         self.step, self.saved_at = saved.step, path
         self.earlier_peak_memory = saved.state["peak_memory_bytes"]
 
-    def _check_corpus(self, fingerprint: object) -> None:
-        if fingerprint != self.corpus.fingerprint:
+    def _check_continuation(self, saved: dict[str, Any], step: int) -> None:
+        run_folder.check_length(saved["config"]["steps"], step, self.config)
+        if saved["corpus"] != self.corpus.fingerprint:
             raise UsageError(
                 "data is not the corpus that the checkpoint was trained on: its files, its tokenizer or the Python "
                 "version changed; resume with the same --data, or start a new run"
@@ -126,7 +133,11 @@ class Trainer:
         rates: list[float] = []
         val_loss = math.nan
         after = None if self.saved_at is None else self.step
-        with stop_signals() as received, closing(self._journal(after)) as journal:
+        with (
+            stop_signals() as received,
+            closing(self._journal(after)) as journal,
+            telling_shortage(self._step_too_large),
+        ):
             flops, peak = self._announce(journal)
             with starting_deaf_processes(*STOPS):  # workers end when this process does
                 batches = iter(self._batches())
@@ -262,8 +273,8 @@ class Trainer:
         return loss
 
     def _save(self, journal: Journal) -> None:
-        if weight := non_finite_weight(self.model):
-            raise self._diverged("the update is not finite", f"the weight {weight} is not", self.step)
+        if wrong := non_finite_tensor(self.model):
+            raise self._diverged("the update is not finite", f"{wrong} is not", self.step)
         state = {
             "config": self.config.to_dict(),
             "corpus": self.corpus.fingerprint,
@@ -283,14 +294,24 @@ class Trainer:
     def _peak_memory(self) -> int:
         return max(self.earlier_peak_memory, hardware.peak_memory(self.device))
 
+    def _step_too_large(self, asked: str) -> str:
+        split = "" if self.config.parallel.world_size == 1 else ", or split over more processes"
+        return (
+            f"step {self.step + 1} ran out of memory{asked}; lower --batch-size (a larger --accumulate keeps a step's "
+            f"tokens) or --context, or add --checkpointing{split}; {self._last_good}"
+        )
+
+    @property
+    def _last_good(self) -> str:
+        return f"the last good checkpoint is {self.saved_at}" if self.saved_at else "there is no checkpoint yet"
+
     def _require_finite(self, name: str, value: float, inputs: Tensor, step: int) -> None:
         if not math.isfinite(value):
             where = first_non_finite(self.model, inputs, hardware.autocast(self.device, self.precision))
             raise self._diverged(f"the {name} is {value}", where, step)
 
     def _diverged(self, what: str, where: str, step: int) -> Failure:
-        last = f"the last good checkpoint is {self.saved_at}" if self.saved_at else "there is no checkpoint yet"
         return Failure(
-            f"step {step}: {what}; {where}; {last}; start a new run with a lower --optim.lr or a longer "
+            f"step {step}: {what}; {where}; {self._last_good}; start a new run with a lower --optim.lr or a longer "
             "--optim.warmup-steps"
         )
