@@ -1,5 +1,6 @@
 # make demo   train and compare three models on real text (minutes on two cores), report in runs/compare/report.html
-# make test   the tests            make lint   ruff and mypy
+# make test   the tests, by two processes: why some were skipped, and which took longest, stands at the end
+# make lint   ruff and mypy
 # make docs   the documentation as a site, in site/                    make clean   remove what the others made
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,7 +13,7 @@ demo: $(VENV)/.train
 	$(BIN)/attnres compare --out runs/compare
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -rs --durations=20
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -7,12 +7,22 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads cost more than they give
 
-import torch
-
 from .command_line import Server
+from .device import DEVICE
 
-if not torch.cuda.is_available():  # before anything imports triton: its kernels run on the CPU then
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+@pytest.fixture(scope="session")
+def device():
+    """The GPU where there is one, else the CPU."""
+    return DEVICE
+
+
+@pytest.fixture
+def interpreted():
+    """Skips a test that gives CPU tensors to Triton's kernels where these are compiled for a GPU."""
+    pytest.importorskip("triton")
+    if DEVICE.type != "cpu":
+        pytest.skip("needs Triton's interpreter, which serves without a GPU only; try CUDA_VISIBLE_DEVICES=")
 
 
 @pytest.fixture(scope="session")

@@ -90,10 +90,10 @@ class Terminal:
 
 
 def test_a_terminal_shows_a_bar_and_takes_ctrl_c(server, tiny, tmp_path):
-    terminal = Terminal()
-    slow = AT_STEP.format(step=5, action="until_stopped()")
+    terminal, inside = Terminal(), tmp_path / "inside step 5"
+    slow = AT_STEP.format(step=5, action=f"open({str(inside)!r}, 'w').close(); until_stopped()")
     process = server.start("train", *tiny, "--out", tmp_path / "run", patch=slow, terminal=terminal.name)
-    process.wait_for(lambda: "4/10" in terminal.read())
+    process.wait_for(lambda: "4/10" in terminal.read() and inside.exists())
     os.write(terminal.master, b"\x03")
     process.wait_for(lambda: "go on with --resume" in terminal.read(), ended=True)
     assert process.wait().status == 0

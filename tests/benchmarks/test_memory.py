@@ -49,12 +49,10 @@ def test_a_layer_peaks_where_a_plain_one_does(memory: ModuleType, monkeypatch: p
 
 
 @pytest.mark.parametrize("backend", ["eager", "triton"])
-def test_what_a_forward_pass_keeps(memory: ModuleType, backend: str) -> None:
+def test_what_a_forward_pass_keeps(memory: ModuleType, backend: str, request: pytest.FixtureRequest) -> None:
     """One tensor a Transformer block, the stream, a block or a partial sum; two for Full, a layer's output each."""
     if backend == "triton":
-        pytest.importorskip("triton")
-        if torch.cuda.is_available():
-            pytest.skip("the kernels are not interpreted")
+        request.getfixturevalue("interpreted")
     ops.set_backend(backend)
     tokens, width = 8, 64
     ids = torch.zeros(1, tokens, dtype=torch.int64)

@@ -18,14 +18,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
-if torch.cuda.is_available():
-    pytest.skip("kernels are counted in the interpreter, which needs to be off on a GPU", allow_module_level=True)
 import triton.language as tl
 from triton.runtime import interpreter
 
 from attnres import BlockAttnRes, FullAttnRes, ops
 from attnres.ops import triton as kernels
 
+pytestmark = pytest.mark.usefixtures("interpreted")
 TOKENS, WIDTH, EPS = 2, 24, 1e-6
 ALLOCATES = ("empty", "empty_like", "new_empty", "empty_strided")
 

@@ -11,6 +11,7 @@ from contextlib import closing, suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import distributed
@@ -18,6 +19,8 @@ from torch import distributed
 ROOT = str(Path(__file__).parents[2])
 if ROOT not in sys.path:  # the processes import the functions that they run by the names that pytest gave these modules
     sys.path.insert(0, ROOT)
+
+NO_GPUS = {"CUDA_VISIBLE_DEVICES": ""}
 
 # forked from one process that has imported all of it, they start in a fraction of the time
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -89,16 +92,27 @@ class World:
         with closing(socket.socket()) as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        for rank in range(self.size):
-            ours, theirs = CONTEXT.Pipe()
-            process = CONTEXT.Process(target=_serve, args=(theirs, rank, self.size, port), daemon=True)
-            process.start()
-            theirs.close()
-            self.connections.append(ours)
-            self.processes.append(process)
+        with mock.patch.dict(os.environ, NO_GPUS):  # for the process that they are forked from
+            for rank in range(self.size):
+                ours, theirs = CONTEXT.Pipe()
+                process = CONTEXT.Process(target=_serve, args=(theirs, rank, self.size, port), daemon=True)
+                process.start()
+                theirs.close()
+                self.connections.append(ours)
+                self.processes.append(process)
+
+
+def leave_gpus_alone() -> None:
+    """Has this process compute on the CPU, on a machine with fewer GPUs than processes too. To be called first.
+
+    transformers gives each process of a split model the accelerator that torch was built for, there or not.
+    """
+    os.environ |= NO_GPUS
+    torch._C._get_accelerator = lambda check=None: torch.device("cpu")
 
 
 def _serve(connection: Connection, rank: int, size: int, port: int) -> None:
+    leave_gpus_alone()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)

@@ -62,10 +62,7 @@ def saved_by(part: Chunk, precision: torch.dtype, tokens: int) -> int:
 
 
 @pytest.fixture
-def kernels():
-    pytest.importorskip("triton")
-    if torch.cuda.is_available():
-        pytest.skip("the kernels are not interpreted")
+def kernels(interpreted):
     ops.set_backend("triton")
     yield
     ops.set_backend("auto")

@@ -65,14 +65,13 @@ def wait_for_nobody() -> tuple[str, float]:
         with pytest.raises(RuntimeError) as caught:
             distributed.all_reduce(torch.ones(1), group=built.get_group("tp"))
         return str(caught.value), time.monotonic() - began
-    time.sleep(4)
-    return "", 0.0
+    return "", 0.0  # this process lives on, and does not take part
 
 
 def test_a_process_waits_no_longer_than_the_timeout_for_another(world):
     (message, seconds), _ = world(2).run(wait_for_nobody)
     world(2).kill()  # its groups are broken
-    assert "imed out" in message and 1 < seconds < 4
+    assert "imed out" in message and 1 < seconds < 60
 
 
 def come_and_go() -> list[bool]:

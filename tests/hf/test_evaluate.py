@@ -44,7 +44,7 @@ def test_perplexity_of_one_window_is_the_mean_loss(folder, tmp_path):
     path = tmp_path / "short.txt"
     path.write_bytes("né\n\ufffd".encode())
     model, tokenizer = open_model(folder)
-    ids = torch.tensor([[256, *"né\n\ufffd".encode()]])
+    ids = torch.tensor([[256, *"né\n\ufffd".encode()]], device=model.device)
     with torch.no_grad():
         loss = F.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:]).item()
     got = perplexity(model, tokenizer, path)
@@ -61,7 +61,7 @@ def test_windows_score_every_token_once(folder, data, context, stride):
     total, reached = 0.0, 0
     last = len(ids) - 1 - context
     for begin in [*range(0, last, stride), last]:
-        window = torch.tensor([ids[begin : begin + context + 1]])
+        window = torch.tensor([ids[begin : begin + context + 1]], device=model.device)
         with torch.no_grad():
             losses = F.cross_entropy(model(window[:, :-1]).logits[0], window[0, 1:], reduction="none")
         total += losses[reached - begin :].sum().item()
@@ -180,7 +180,7 @@ def choice_scores(model, i):
     """Log-likelihood of " a" and " b" behind the prompt of document i."""
     scores = []
     for option in "ab":
-        ids = torch.tensor([[*f"{i}: {option}".encode()]])
+        ids = torch.tensor([[*f"{i}: {option}".encode()]], device=model.device)
         with torch.no_grad():
             losses = F.cross_entropy(model(ids[:, :-1]).logits[0], ids[0, 1:], reduction="none")
         scores.append(-losses[1:].sum().item())

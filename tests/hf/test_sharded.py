@@ -7,11 +7,15 @@ import sys
 
 import pytest
 
+from ..distributed.processes import ROOT
+
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 WORKER = """
 import sys
+from tests.distributed.processes import leave_gpus_alone
+leave_gpus_alone()
 import torch
 import torch.distributed as dist
 import transformers
@@ -103,6 +107,7 @@ def test_tensor_parallel_and_fsdp_compute_the_same(tmp_path):
     workers = []
     for rank in "01":
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        place["PYTHONPATH"] = os.pathsep.join([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])
         command = [sys.executable, str(script), str(tmp_path / "model")]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         workers.append(subprocess.Popen(command, env={**os.environ, **place}, **pipes))

@@ -1,22 +1,19 @@
 """The Triton kernels against the reference in fp64: values and every gradient.
 
-Without a GPU the kernels run in Triton's interpreter, which has to be chosen before they are imported.
+Without a GPU the kernels run in Triton's interpreter.
 """
 
-import os
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 pytest.importorskip("triton")
-from attnres.ops import reference, triton_inter_block, triton_launch, triton_reduce  # noqa: E402
-from attnres.ops import triton as kernels  # noqa: E402
+from attnres.ops import reference, triton_inter_block, triton_launch, triton_reduce
+from attnres.ops import triton as kernels
+
+from ..device import DEVICE
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 # of the largest value; the interpreter truncates to bf16 and adds up hundreds of fp32 numbers one after another

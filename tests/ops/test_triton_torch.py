@@ -1,9 +1,8 @@
 """The Triton backend as PyTorch sees it: layouts, bad input, custom ops, autograd, checkpoints, compilation.
 
-Without a GPU the kernels run in Triton's interpreter, which has to be chosen before they are imported.
+Without a GPU the kernels run in Triton's interpreter.
 """
 
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -14,14 +13,12 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 pytest.importorskip("triton")
-from attnres import ops  # noqa: E402
-from attnres.ops import reference, triton_autograd  # noqa: E402
-from attnres.ops import triton as kernels  # noqa: E402
+from attnres import ops
+from attnres.ops import reference, triton_autograd
+from attnres.ops import triton as kernels
+
+from ..device import DEVICE, needs_gpu
 
 WIDTH, EPS = 24, 1e-6
 NORM_EPS = 1e-5
@@ -104,7 +101,7 @@ def test_checkpointing(eager):
 
 def test_autocast_leaves_the_kernels_alone(eager):
     def call(*tensors):
-        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
             return block(kernels, *tensors)
 
     same(run(call, leaves(2, 2, 2)), eager, rtol=0, atol=0)
@@ -113,7 +110,7 @@ def test_autocast_leaves_the_kernels_alone(eager):
 @pytest.fixture
 def one_process() -> Iterator[None]:
     """A process group of this process alone."""
-    backend = "nccl" if DEVICE == "cuda" else "gloo"
+    backend = "nccl" if DEVICE.type == "cuda" else "gloo"
     distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
     yield
     distributed.destroy_process_group()
@@ -368,7 +365,7 @@ def test_bad_input(message, gradients):
         ops.set_backend("auto")
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@needs_gpu
 def test_cuda_graph():
     t = leaves(2, 8)
     with torch.no_grad():

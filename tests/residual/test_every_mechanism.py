@@ -50,7 +50,8 @@ def trained_like(model):
 
 
 def loss_of(model):
-    return F.cross_entropy(model(IDS).flatten(0, 1).float(), IDS.flatten())
+    ids = IDS.to(model.embed_tokens.weight.device)
+    return F.cross_entropy(model(ids).flatten(0, 1).float(), ids.flatten())
 
 
 def gradients(model):
@@ -138,18 +139,20 @@ def test_compiles_in_one_graph(name, options):
 
 
 @pytest.mark.parametrize("name", [n for n in residual.names() if n not in ("full_attnres", "block_attnres")])
-def test_runs_on_the_triton_kernels(name):
+def test_runs_on_the_triton_kernels(name, device):
     """In Triton's interpreter where there is no GPU; those of AttnRes itself have tests of their own."""
     pytest.importorskip("triton")
-    model = trained_like(decoder(name, {}, blocks=1))
-    want, want_gradients = model(IDS), gradients(model)
-    before = ops.backend()
-    ops.set_backend("triton")
+    model, ids = trained_like(decoder(name, {}, blocks=1)).to(device), IDS.to(device)
+    before, found = ops.backend(), {}
     try:
-        torch.testing.assert_close(model(IDS), want, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(gradients(model), want_gradients, rtol=1e-3, atol=1e-4)
+        for backend in ("eager", "triton"):
+            ops.set_backend(backend)
+            found[backend] = model(ids), gradients(model)
     finally:
         ops.set_backend(before)
+    (logits, model_gradients), (want, want_gradients) = found["triton"], found["eager"]
+    torch.testing.assert_close(logits, want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model_gradients, want_gradients, rtol=1e-3, atol=1e-4)
 
 
 @every

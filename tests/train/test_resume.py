@@ -10,6 +10,7 @@ from torch import nn
 from attnres.train.checkpoint import load, rng_state, save, set_rng_state
 from attnres.train.optim import OptimConfig, build_optimizer
 
+from ..device import needs_gpu
 from .saved import assert_same
 
 
@@ -76,7 +77,7 @@ def test_torchs_own_state_dict_of_an_optimizer_comes_back(tmp_path):
     assert loaded["state"][0]["step"].shape == ()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_gpu
 def test_a_checkpoint_moves_between_devices_and_keeps_the_device_generator(tmp_path):
     model = nn.Linear(4, 4).cuda()
     optimizer = build_optimizer(model, OptimConfig(optimizer="muon", warmup_steps=0))

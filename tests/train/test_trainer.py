@@ -281,3 +281,12 @@ def test_signal_handlers_come_back(config):
     config.steps = 4
     train(config)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_run_on_the_cpu_pins_no_memory(config, monkeypatch):
+    """Beside a GPU, too, where that would start CUDA in every process."""
+    trainer, asked = Trainer(config, load_corpus(config.data, cache_dir=config.cache_dir)), []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("attnres.train.batches.DataLoader", lambda *_, **options: asked.append(options) or [])
+    iter(trainer._batches())
+    assert [options["pin_memory"] for options in asked] == [False]

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import installation  # noqa: F401  first: it raises where another package took this one's place
 from .check import check_norm, check_queries, check_scale, check_sources, check_statistics, check_vectors
 from .dispatch import backend, select, set_backend
 from .reference import Norm, fold

@@ -27,7 +27,8 @@ class Batches(Dataset):
 
     A step takes batch_size * world_size rows, of which `rank` gets its batch_size in order: the rows of a step depend
     on the product only. `batches[k]` is the batch of step k, a pure function of (seed, k, tokens), whatever
-    `start_step` and `num_workers` are. Raises UsageError for arguments out of range and for too few tokens.
+    `start_step` and `num_workers` are. pin_memory: in pages that a GPU copies from beside the work; that starts CUDA in
+    this process. Raises UsageError for arguments out of range and for too few tokens.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Batches(Dataset):
         num_workers: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        pin_memory: bool = False,
     ) -> None:
         _require_at_least(1, batch_size=batch_size, context=context, world_size=world_size)
         _require_at_least(0, seed=seed, start_step=start_step, num_workers=num_workers, rank=rank)
@@ -49,6 +51,7 @@ class Batches(Dataset):
         _require_window(tokens, context)
         self.tokens, self.batch_size, self.context, self.seed = tokens, batch_size, context, seed
         self.start_step, self.num_workers, self.rank, self.world_size = start_step, num_workers, rank, world_size
+        self.pin_memory = pin_memory
 
     def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         window = self.context + 1
@@ -72,7 +75,7 @@ class Batches(Dataset):
             num_workers=self.num_workers,
             # Without a generator of its own the loader would draw from the global one, which dropout may be using.
             generator=torch.Generator(),
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self.pin_memory,
         )
         return iter(loader)
 

@@ -184,6 +184,7 @@ class ParallelTrainer(Trainer):
             num_workers=config.workers,
             rank=self.replica,
             world_size=self.replicas,
+            pin_memory=self.device.type == "cuda",
         )
 
     def _train_step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[float, float, float]:

@@ -221,6 +221,7 @@ class Trainer:
             config.seed,
             start_step=self.step * config.accumulate,
             num_workers=config.workers,
+            pin_memory=self.device.type == "cuda",
         )
 
     def _validation(self) -> Iterator[tuple[Tensor, Tensor]]:
