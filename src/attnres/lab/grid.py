@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from .. import files
+from .. import files, json_text
 from ..analysis.style import require_matplotlib
 from ..errors import Failure, UsageError
 from ..train import hardware
