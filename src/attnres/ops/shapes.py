@@ -27,11 +27,14 @@ __all__ = [
 
 
 class _Read(torch.autograd.Function):
-    """One read keeps its sources, its parameters and a number a token."""
+    """One read keeps its sources, its parameters and 2n + 2 numbers a token."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key_norm: Tensor, weight: Tensor | None, *sources: Tensor) -> Tensor:
-        ctx.save_for_backward(query, key_norm, weight, _statistic(sources[0]), *sources)
+        kept = sources[0].new_empty(
+            (*sources[0].shape[:-1], 2 * len(sources) + 2), dtype=statistics_dtype(sources[0].dtype)
+        )
+        ctx.save_for_backward(query, key_norm, weight, kept, *sources)
         return torch.empty_like(sources[0])
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from .reference import Norm, scaled_norm
 from .triton_autograd import AddNorm, InterBlock, Merge, Read, called
 from .triton_inter_block import inter_block as inter_block_now
-from .triton_inter_block import inter_block_op, rows_fit
+from .triton_inter_block import inter_block_op, norm_fits
 from .triton_launch import check_supported
 from .triton_merge import merge as merge_now
 from .triton_merge import merge_op
@@ -128,11 +128,12 @@ def inter_block_threaded(
     """`inter_block`, its first read with its scale and the norm that follows, and the sources for their next reader."""
     key_norms = torch.ones_like(queries) if key_norms is None else key_norms
     check_supported(sources[0], len(sources))
-    if norm is not None and not rows_fit(sources[0], len(queries)):
+    backward = differentiates(queries, key_norms, norm and norm[0], *sources)
+    if norm is not None and not norm_fits(sources[0], len(queries), backward):
         outs, lses, sources = inter_block_threaded(queries, sources, key_norms, eps)
         return [rms_norm(outs[0], scaled_norm(norm, scale)), *outs[1:]], lses, sources
     weight, norm_eps = norm or (None, None)
-    if differentiates(queries, key_norms, weight, *sources):
+    if backward:
         results = InterBlock.apply(queries, key_norms, weight, eps, norm_eps, scale, *sources)
         outs, lse, handed_on = results[: len(queries)], results[len(queries)], results[len(queries) + 1 :]
     else:

@@ -433,8 +433,13 @@ def inter_block_backward(
         tl.store(p_partial + tl.program_id(0) * D + o_d, b_dweight, mask=m_d)
 
 
+def norm_fits(source: Tensor, num_queries: int, backward: bool) -> bool:
+    """Whether the first read can come with its norm."""
+    return rows_fit(source, num_queries) or (not backward and few_tokens(source.numel() // source.shape[-1]))
+
+
 def rows_fit(source: Tensor, num_queries: int) -> bool:
-    """Whether the kernels here take so many queries, and backward's programs can hold a row of each."""
+    """Whether the kernels here are for so many queries, and backward's programs can hold a row of each."""
     block, warps = row_shape("inter_block_backward", source.shape[-1])
     return num_queries <= MAX_QUERIES and num_queries * block <= MAX_ROWS * 32 * warps
 
@@ -459,12 +464,12 @@ def inter_block(
     if num_tokens == 0:
         return outs, lse, logits, rstd
     q = fold(queries, key_norms)
-    if not rows_fit(sources[0], num_queries):
+    few = few_tokens(num_tokens)
+    if not (few or rows_fit(sources[0], num_queries)):
         assert norm_eps is None, "the first read comes with its norm only from the kernel here"
         wide_reads(q, sources, eps, outs, lse, logits, rstd)
         return outs, lse, logits, rstd
     config = row_config("inter_block_forward", sources[0], num_tokens, n)
-    few = few_tokens(num_tokens)
     group = even_share(num_queries, 2) if few else num_queries
     num_groups = triton.cdiv(num_queries, group)
     groups_per_program = 1 if few else num_groups

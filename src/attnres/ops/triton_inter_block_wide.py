@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_launch import chunk_config, few_tokens, launch, rows
+from .triton_launch import chunk_config, launch, rows
 from .triton_rows import join, joined_sums, load_rows, num_tiles, row_pointer, store_gradient
 
 
@@ -39,7 +39,7 @@ def _load_query(p_q, query, num_queries, o_d, m_d, D: tl.constexpr):
     return tl.load(p_q + tl.minimum(query, num_queries - 1) * D + o_d, mask=m_d, other=0.0)
 
 
-@triton.jit(do_not_specialize=["n", "num_queries", "num_tokens", "groups_per_program"])
+@triton.jit(do_not_specialize=["n", "num_queries", "num_tokens"])
 def inter_block_forward_wide(
     p_sources,
     p_outs,
@@ -51,7 +51,6 @@ def inter_block_forward_wide(
     n,
     num_queries,
     num_tokens,
-    groups_per_program,
     eps,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -66,15 +65,14 @@ def inter_block_forward_wide(
     p_like,
 ):
     """p_q: [S, D] fp32; p_logits, p_weights: [T, n, S]; p_rstd: [T, n + 1]; p_lse: [S, T]. SOURCES, QUERIES: powers of
-    two that hold n and the queries of one program. MIX false (n = 1): o_l is the source itself and not written."""
+    two that hold n and S. MIX false (n = 1): o_l is the source itself and not written."""
     token = tl.program_id(0).to(tl.int64)
-    first_group = tl.program_id(1) * groups_per_program
-    last_group = tl.minimum(first_group + groups_per_program, tl.cdiv(num_queries, GROUP))
+    num_groups = tl.cdiv(num_queries, GROUP)
     o_chunk = tl.arange(0, BLOCK)
     p_scalars = token * n * num_queries
 
     for tile in tl.range(0, num_tiles(n, COUNT, TILE)):
-        for group in tl.range(first_group, last_group):
+        for group in tl.range(0, num_groups):
             b_dots = _zeros(LANES, TILE * GROUP)
             b_squares = _zeros(LANES, TILE)
             for start in tl.range(0, D, BLOCK):
@@ -106,8 +104,8 @@ def inter_block_forward_wide(
     tl.debug_barrier()
 
     o_i = tl.arange(0, SOURCES)
-    o_l = first_group * GROUP + tl.arange(0, QUERIES)
-    m_l = (o_l < num_queries) & (o_l < last_group * GROUP)
+    o_l = tl.arange(0, QUERIES)
+    m_l = o_l < num_queries
     o_scalars = p_scalars + o_i[:, None] * num_queries + o_l[None, :]
     m_scalars = (o_i < n)[:, None] & m_l[None, :]
     b_z = tl.load(p_logits + o_scalars, mask=m_scalars, other=-float("inf"))
@@ -119,7 +117,7 @@ def inter_block_forward_wide(
         tl.store(p_weights + o_scalars, b_p / b_mass[None, :], mask=m_scalars)
         tl.debug_barrier()
 
-        for group in tl.range(first_group, last_group):
+        for group in tl.range(0, num_groups):
             for start in tl.range(0, D, BLOCK):
                 o_d = start + o_chunk
                 m_d = o_d < D
@@ -268,13 +266,11 @@ def wide_reads(
     [..., n + 1]. q: folded queries, [S, D] fp32."""
     n, num_queries, width = len(sources), *q.shape
     num_tokens = rstd.numel() // (n + 1)
-    config = chunk_config(sources[0], n, num_queries, num_tokens, backward=False)
-    num_groups = triton.cdiv(num_queries, config.GROUP)
-    groups_per_program = 1 if few_tokens(num_tokens) else num_groups
+    config = chunk_config(sources[0], n, num_queries, backward=False)
     p_sources, p_outs = rows(sources, config.TILE), rows(outs or sources[:1], config.GROUP)
     launch(
         inter_block_forward_wide,
-        (num_tokens, triton.cdiv(num_groups, groups_per_program)),
+        (num_tokens,),
         p_sources.pointers,
         p_outs.pointers,
         q,
@@ -285,7 +281,6 @@ def wide_reads(
         n,
         num_queries,
         num_tokens,
-        groups_per_program,
         eps,
         D=width,
         BLOCK=config.BLOCK,
@@ -295,7 +290,7 @@ def wide_reads(
         OUTS=p_outs.COUNT,
         GROUP=config.GROUP,
         SOURCES=triton.next_power_of_2(n),
-        QUERIES=triton.next_power_of_2(groups_per_program * config.GROUP),
+        QUERIES=triton.next_power_of_2(num_queries),
         MIX=len(outs) > 0,
         p_like=sources[0],
         num_warps=config.num_warps,
@@ -320,7 +315,7 @@ def wide_coefficients(
     q: folded queries, [S, D] fp32; later: what is added to dsources, or nothing."""
     n, num_queries, width = len(sources), *q.shape
     num_tokens = rstd.numel() // (n + 1)
-    config = chunk_config(sources[0], n, num_queries, num_tokens, backward=True)
+    config = chunk_config(sources[0], n, num_queries, backward=True)
     p_sources = rows(sources, config.TILE)
     p_douts = rows(douts, config.GROUP)
     along_query = torch.empty_like(logits)

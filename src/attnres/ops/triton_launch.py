@@ -93,18 +93,13 @@ class ChunkConfig(NamedTuple):
     GROUP: int
 
 
-def chunk_config(like: Tensor, n: int, num_queries: int, num_tokens: int, *, backward: bool) -> ChunkConfig:
+def chunk_config(like: Tensor, n: int, num_queries: int, *, backward: bool) -> ChunkConfig:
     """like: a tensor of rows. Measured on an H100 at D = 2048 and 7168."""
     width = like.shape[-1]
-    if few_tokens(num_tokens):  # they cannot fill a device: many threads and few queries a program
-        warps = min(16, max(1, triton.next_power_of_2(width) // 256))
-        group = even_share(num_queries, 2)
-    else:
-        warps = 1 if width <= 1024 else (4 if backward else 2) if width <= 4096 else (8 if backward else 4)
-        group = even_share(num_queries, 4)
+    warps = 1 if width <= 1024 else (4 if backward else 2) if width <= 4096 else (8 if backward else 4)
     lanes = 32 * warps
-    registers = min(128, 65536 // lanes)
-    return ChunkConfig(lanes * (16 // like.element_size()), lanes, warps, registers, even_share(n, 4), group)
+    tile, group = even_share(n, 4), even_share(num_queries, 4)
+    return ChunkConfig(lanes * (16 // like.element_size()), lanes, warps, min(128, 65536 // lanes), tile, group)
 
 
 def few_tokens(num_tokens: int) -> bool:
