@@ -11,7 +11,7 @@ that is what lets checkpointing, torch.compile, CUDA graphs and pipeline stages 
 """
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from ..ops import Norm
 
 State = Any
 """A mechanism's own NamedTuple of tensors."""
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class Residual(nn.Module, ABC):
@@ -141,9 +143,9 @@ class Rows(nn.Module):
 def split_norm(norm: nn.Module | None, dim: int) -> tuple[Norm | None, nn.Module | None]:
     """(what an op can fold in, what is left to call): one of the two is None, both without a norm.
 
-    A plain torch.nn.RMSNorm over the last dimension is folded unless hooks watch it.
+    A plain torch.nn.RMSNorm over the last dimension is folded unless something hangs on its call (`is_plain`).
     """
-    if type(norm) is nn.RMSNorm and norm.normalized_shape == (dim,) and norm.eps is not None and not _hooked(norm):
+    if is_plain(norm, nn.RMSNorm) and norm.normalized_shape == (dim,) and norm.eps is not None:
         return (norm.weight, norm.eps), None
     return None, norm
 
@@ -158,5 +160,14 @@ def normed(h: Tensor, norm: nn.Module | None, scale: float = 1.0) -> Tensor:
     return h if rest is None else rest(h)
 
 
+def is_plain(module: nn.Module | None, kind: type[M]) -> TypeGuard[M]:
+    """Whether a call of the module does what its class `kind` does and nothing more, so that nobody misses the call.
+
+    A subclass, a forward of its own (accelerate's, adapters', tensor parallelism's) and any hook say no.
+    """
+    return type(module) is kind and "forward" not in vars(module) and not _hooked(module)
+
+
 def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
