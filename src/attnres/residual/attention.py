@@ -120,10 +120,11 @@ class DepthAttention(Residual):
 
     def two_phase(self, tensor: Tensor) -> bool:
         """Whether phase 1 serves a whole block. On CPUs it pays without gradients, unless a compiler fuses the single
-        reads; a lean state cannot carry its results."""
+        reads; a lean state cannot carry its results, whatever the schedule."""
+        if self.lean or not self.fused:
+            return False
         if self.schedule == "auto":
-            pays = tensor.is_cuda or not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-            return pays and self.fused and not self.lean
+            return tensor.is_cuda or not (torch.is_grad_enabled() or torch.compiler.is_compiling())
         return self.schedule == "two_phase"
 
     def single_read(

@@ -40,8 +40,8 @@ class FullAttnRes(DepthAttention):
         eps: of the key norm.
         stream_scale: multiply each read by its number of sources. At zero queries a read is then the plain residual sum
             itself and not its mean, so that the eps of the norm that follows never bites (the decoder's default).
-        schedule: "layerwise", "two_phase", or "auto": two-phase on CUDA unless the state must stay lean or there is a
-            window, else layerwise.
+        schedule: "layerwise"; "two_phase" unless the state must stay lean; or "auto": two-phase on CUDA unless the state
+            must stay lean or there is a window, else layerwise.
         window: W, attend to the embedding and the last W layer outputs only; None for all.
         query: "learned", the pseudo-query w_l; or "input", W_l RMSNorm(v) / D of the newest source v with a D x D
             matrix a layer.
