@@ -15,11 +15,13 @@ from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 from .. import ops
 from ..errors import UsageError
 from ..ops import Norm
+from ..ops.reference import scaled_norm
 
 State = Any
 """A mechanism's own NamedTuple of tensors."""
@@ -153,9 +155,12 @@ def split_norm(norm: nn.Module | None, dim: int) -> tuple[Norm | None, nn.Module
 def normed(h: Tensor, norm: nn.Module | None, scale: float = 1.0) -> Tensor:
     """scale * h [..., D] through the norm, if there is one."""
     fold, rest = split_norm(norm, h.shape[-1])
-    if fold is not None:  # an RMSNorm takes a scale away again, but for its eps
-        weight, eps = fold
-        return ops.rms_norm(h, (weight, eps / scale**2))
+    if fold is not None:
+        return ops.rms_norm(h, scaled_norm(fold, scale))
+    if rest is not None and h.dtype == torch.float16 and scale != 1.0:
+        # the product may be beyond the range of fp16, though what the norm makes of it is not
+        wide = {name: parameter.float() for name, parameter in rest.named_parameters()}
+        return functional_call(rest, wide, (h.float() * scale,)).to(h.dtype)
     h = h if scale == 1.0 else h * scale
     return h if rest is None else rest(h)
 

@@ -165,11 +165,12 @@ class BlockAttnRes(DepthAttention):
         fold, rest = split_norm(norm, self.dim)
         query, key_norm = self.queries(state.folded, layer)
         scale = self.scale(len(state.blocks) + 1)
+        inside, behind = (scale, 1.0) if rest is None else (1.0, scale)
         partial, x = ops.merge_norm(
-            query, state.partial, update, key_norm, state.outs[0], state.lses[0], self.eps, scale=scale, norm=fold
+            query, state.partial, update, key_norm, state.outs[0], state.lses[0], self.eps, scale=inside, norm=fold
         )
         after = BlockState(state.blocks, partial, None, state.outs[1:], state.lses[1:], state.folded)
-        return normed(x, rest), after
+        return normed(x, rest, behind), after
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, block_starts={self.block_starts}"
