@@ -27,7 +27,7 @@ from ..model.moe import MixtureOfExperts
 from ..model.token_shards import hidden_over_processes
 from ..residual import Residual, State
 from .attention import attend_by_config
-from .cache import LayerCache, check_cache
+from .cache import LayerCache, check_cache, check_generation, check_paged
 from .configuration import AttnResConfig
 from .dispatch import hidden_across_devices, is_dispatched
 from .packing import find_packing
@@ -310,6 +310,17 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' `generate`. Raises UsageError, before anything runs, for a cache that the model cannot have."""
+        given = kwargs.get("generation_config") or self.generation_config
+        check_generation(self.config, kwargs.get("use_cache", given.use_cache))
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' manager of continuous batching. Raises UsageError if its cache has no place for some layer."""
+        check_paged(self.config)
+        return super().init_continuous_batching(*args, **kwargs)
 
     @classmethod
     def from_run(cls, folder: str | Path, **options: Any) -> "AttnResForCausalLM":
