@@ -147,3 +147,16 @@ def test_the_loss_is_the_model_s(batches):
             )
             assert torch.allclose(torch.autograd.grad(loss, last)[0], gradients[-1])
             assert torch.allclose(decoder.lm_head(decoder.norm(last)), decoder(inputs))
+
+
+def test_a_probe_within_training_changes_nothing_of_it(batches):
+    shape = dict(vocab_size=50, hidden_size=16, num_hidden_layers=BLOCKS, num_attention_heads=2, num_experts=4)
+    decoder = Decoder(DecoderConfig(**shape, num_experts_per_tok=2), seed=2)
+    decoder.layers[0].o_proj = torch.nn.Sequential(decoder.layers[0].o_proj, torch.nn.Dropout(0.5))
+    decoder.layers[1].eval()
+    want = [module.training for module in decoder.modules()]
+    found = probe(decoder, batches)
+    assert [module.training for module in decoder.modules()] == want and decoder.training
+    assert not any(layer.load.any() for layer in decoder.layers if hasattr(layer, "load"))
+    assert all(parameter.grad is None for parameter in decoder.parameters())
+    assert found == probe(decoder.eval(), batches)

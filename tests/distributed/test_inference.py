@@ -13,7 +13,7 @@ from attnres.cli import main
 from attnres.errors import UsageError
 from attnres.model.cache import KeyValueCache
 from attnres.model.generate import generate
-from attnres.parallel import inference, mesh
+from attnres.parallel import inference, mesh, tensor
 from attnres.parallel.config import ParallelConfig
 
 from . import runs
@@ -188,3 +188,21 @@ def refusal(changes: dict[str, Any], processes: int) -> str:
 )
 def test_what_does_not_divide_is_refused_on_every_process(world, changes, message):
     assert all(message in found for found in world(4).run(refusal, changes, 4))
+
+
+def refused(kind: str, name: str) -> str:
+    model = decoder(HYBRID if kind else {})
+    layer = next(layer for layer in model.layers if hasattr(layer, name))
+    layer.register_module(name, torch.nn.Sequential(layer.get_submodule(name)))
+    parts = mesh.build(ParallelConfig(tp=2), CPU)["tp"]
+    try:
+        (inference if kind != "training" else tensor).apply(model, parts)
+    except UsageError as error:
+        return str(error)
+    return "split"
+
+
+@pytest.mark.parametrize(("kind", "name"), [("", "o_proj"), ("inference", "kv_b_proj"), ("training", "kv_b_proj")])
+def test_a_matrix_behind_an_adapter_is_refused(world, kind, name):
+    for message in world(2).run(refused, kind, name):
+        assert f"{name} must be a plain torch.nn.Linear" in message and "merge adapters" in message

@@ -58,6 +58,7 @@ FOUR = [
     case(BLOCK, "ZBVZeroBubble", 2, pp=2, dp=2, ep=2, count=4, model={"hybrid": True}),
 ]
 TWO = [case(BLOCK, "Interleaved1F1B", 4, pp=2, count=2 + 2 * i, model={"block_size": 1 + 2 * i}) for i in range(2)]
+TWO += [case(name, "Interleaved1F1B", 2, pp=2, count=2, model={"schedule": "two_phase"}) for name in (BLOCK, FULL)]
 EIGHT = [
     case(BLOCK, "Interleaved1F1B", 2, pp=2, shard=2, tp=2, count=2, model={"tied": True}),
     case(FULL, pp=2, dp=2, shard=2, count=2),

@@ -220,6 +220,16 @@ def test_mechanisms_all_have_plans():
         assert found.hops[0].sent_bytes > 0 and found.ranks[0].activation_bytes > 0, name
 
 
+@pytest.mark.parametrize("name", ["block_attnres", "full_attnres"])
+def test_a_state_that_crosses_hops_is_lean_whatever_the_schedule(name):
+    split = ParallelConfig(pp=2, microbatches=2)
+    by_layer, two_phase = (
+        plan(shape(name, layers=8, residual_options={"schedule": schedule}), split, batch_size=2, context=4)
+        for schedule in ("layerwise", "two_phase")
+    )
+    assert (by_layer.ranks, by_layer.hops) == (two_phase.ranks, two_phase.hops)
+
+
 # the command
 
 SPLIT = "--parallel.pp 4 --parallel.virtual-stages 2 --parallel.schedule Interleaved1F1B --batch-size 8 --context 64"

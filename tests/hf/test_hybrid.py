@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, DynamicCache, GenerationConfig
 
 from attnres.errors import UsageError
 from attnres.hf import AttnResConfig, AttnResForCausalLM
 from attnres.model import Decoder, DecoderConfig
+from attnres.model.generate import generate
 
 SHAPE = {
     "vocab_size": 41,
@@ -120,3 +121,70 @@ def test_a_cache_of_another_architecture_is_refused(model):
     assert linear(IDS).logits.shape == (2, 9, 41)
     with pytest.raises(UsageError, match="use_cache=False"):
         linear(IDS, use_cache=True)
+
+
+LINEAR = {**SHAPE, "attention_pattern": ("kda",)}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"cache_implementation": "static"},
+        {"cache_implementation": "dynamic"},
+        {"cache_implementation": "offloaded"},
+        {"num_beams": 3},
+        {"generation_config": GenerationConfig(max_new_tokens=3, use_cache=True)},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())) if "generation_config" not in options else "config",
+)
+def test_linear_attention_alone_is_told_what_generates(options):
+    model = AttnResForCausalLM(AttnResConfig(**LINEAR)).double().eval()
+    with pytest.raises(UsageError, match=r"use_cache=False.*attnres.model.generate"):
+        model.generate(IDS, **{"max_new_tokens": 3, **options})
+    greedy = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "use_cache": False}
+    found = model.generate(IDS[:1], **greedy)
+    own = list(generate(model.to_decoder().eval(), IDS[0], 3, temperature=0))
+    assert found[0, 9:].tolist() == own
+    assert model.generate(IDS, **greedy, num_beams=2).shape == (2, 12)
+
+
+@torch.no_grad()
+def test_a_static_cache_decodes_and_beams_as_none_does(model):
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    for beams in (1, 2):
+        want = model.generate(IDS, **options, num_beams=beams, use_cache=False)
+        for cache in ("static", "dynamic"):
+            found = model.generate(IDS, **options, num_beams=beams, cache_implementation=cache)
+            assert torch.equal(found, want), (beams, cache)
+    chunks = model.generate(IDS, **options, prefill_chunk_size=4)
+    assert torch.equal(chunks, model.generate(IDS, **options, use_cache=False))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "sizes", "works"),
+    [
+        (("gqa",), {"num_key_value_heads": 2}, True),
+        (("mla",), {"qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 8}, True),
+        (("mla",), {}, False),
+        (("gqa", "mla"), {"v_head_dim": 6}, False),
+        (("kda", "gqa"), {}, False),
+    ],
+)
+def test_continuous_batching_is_refused_where_its_cache_has_no_place(pattern, sizes, works):
+    config = AttnResConfig(**{**SHAPE, "num_experts": 0, "attention_pattern": pattern, **sizes})
+    model = AttnResForCausalLM(config).eval()
+    greedy = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    room = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=16)
+    prompts = IDS.tolist()
+    if not works:
+        with pytest.raises(
+            UsageError, match=f"continuous batching keeps .* and the {pattern[-1] if 'mla' in pattern else 'kda'}"
+        ):
+            model.generate_batch(prompts, greedy, continuous_batching_config=room)
+        return
+    want = model.generate(IDS, generation_config=greedy)[:, 9:].tolist()
+    model.set_attn_implementation("paged|sdpa")
+    results = model.generate_batch(prompts, greedy, continuous_batching_config=room, warmup=False)
+    assert [result.generated_tokens for result in results.values()] == want

@@ -29,6 +29,8 @@ VARIANTS = [
     ("full_attnres", {"mixing": "sigmoid", "key_normalised": False}),
     ("block_attnres", {"block_size": 2, "null_source": True, "heads": 2, "temperature": 0.5}),
     ("block_attnres", {"block_size": 2, "mixing": "static"}),
+    ("full_attnres", {"schedule": "two_phase"}),
+    ("block_attnres", {"num_blocks": 2, "schedule": "two_phase"}),
 ]
 AS_PRENORM = {"full_attnres", "block_attnres", "laurel", "hyper_connections", "denseformer", "muddformer"}
 """Mechanisms that are the plain sum at the start, around equal layers."""

@@ -15,6 +15,8 @@ CASES = [
     ("full_attnres", {}),
     ("block_attnres", {"block_size": 3}),
     ("block_attnres", {"num_blocks": 2}),
+    ("full_attnres", {"schedule": "two_phase"}),
+    ("block_attnres", {"num_blocks": 2, "schedule": "two_phase"}),
     ("rezero", {}),
     ("layerscale", {}),
     ("highway", {}),

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..model.decoder import Backbone
 from ..residual import Residual
+from .probe import evaluating
 
 TOKENS_AT_ONCE = 256
 DEPENDENT = 1e-9
@@ -96,7 +97,8 @@ def _record(model: nn.Module, backbone: Backbone, input_ids: Tensor) -> list[Ten
 
     hooks = [module.register_forward_hook(keep) for module in (backbone.embed_tokens, *backbone.layers)]
     try:
-        model(input_ids.to(backbone.embed_tokens.weight.device))
+        with evaluating(model):
+            model(input_ids.to(backbone.embed_tokens.weight.device))
     finally:
         for hook in hooks:
             hook.remove()

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..model import Decoder
@@ -21,12 +21,13 @@ def probe(model: Decoder, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str,
     Returns output_magnitude: per Transformer block the RMS of what it left for its readers (the stream, the partial sum
     of its depth block or the output itself); gradient_magnitude: the RMS of the loss gradient there, per token;
     depth_weights: per layer, the output read last, the mean softmax weight of each source; None for a mechanism that
-    does not attend over depth.
+    does not attend over depth. The model runs in evaluation mode, whatever its own, and is left as it was: dropout
+    rolls no dice, and its experts do not count these tokens as a load.
     """
     device = model.embed_tokens.weight.device
     seen: list[list[Tensor]] = []
     tokens: list[int] = []
-    with layer_by_layer(model.residual):
+    with evaluating(model), layer_by_layer(model.residual):
         for inputs, targets in batches:
             seen.append(_watch(model, inputs.to(device), targets.to(device)))
             tokens.append(targets.numel())
@@ -71,6 +72,18 @@ def _watch(model: Decoder, inputs: Tensor, targets: Tensor) -> list[Tensor]:
 
 def _mean_squares(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([tensor.detach().float().square().mean() for tensor in tensors]).cpu()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within, the model and all its modules are in evaluation mode; afterwards each is in its own again."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 @contextmanager

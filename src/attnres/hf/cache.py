@@ -56,5 +56,37 @@ def check_cache(cache: Cache, config: AttnResConfig) -> None:
         )
 
 
+def check_generation(config: AttnResConfig, use_cache: bool | None) -> None:
+    """Raises UsageError if `generate` would make a cache, which it does unless use_cache is False, that cannot be."""
+    if use_cache is not False and "full_attention" not in config.layer_types:
+        raise UsageError(
+            "generate needs use_cache=False: transformers' caches, static and offloaded ones too, count their tokens "
+            "in full attention layers, and this model has linear attention alone; attnres.model.generate keeps its "
+            "states"
+        )
+
+
+def check_paged(config: AttnResConfig) -> None:
+    """Raises UsageError if transformers' paged cache, that of continuous batching, has no place for what layers keep.
+
+    It holds keys and values of num_key_value_heads times head_dim for every layer.
+    """
+    kept = {
+        "gqa": (config.num_key_value_heads, config.head_dim, config.head_dim),
+        "mla": (
+            config.num_attention_heads,
+            (config.qk_nope_head_dim or 0) + (config.qk_rope_head_dim or 0),
+            config.v_head_dim,
+        ),
+    }
+    for kind in dict.fromkeys(config.attention_kinds):
+        if kept.get(kind) != kept["gqa"]:
+            raise UsageError(
+                f"continuous batching keeps {config.num_key_value_heads} keys and values of width {config.head_dim} a "
+                f"layer and token, and the {kind} layers of this model need something else; use generate, which "
+                "batches the prompts of one call"
+            )
+
+
 def _words(kinds: list[str]) -> str:
     return ", ".join(f"{kinds.count(kind)} of {kind}" for kind in sorted(set(kinds))) or "none yet"

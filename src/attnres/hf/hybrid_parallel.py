@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 from ..errors import UsageError
 from ..model.attention import Context
-from ..parallel.tensor import SPLIT, own_parts
+from ..parallel.tensor import own_parts, split_parameters
 from .configuration import AttnResConfig
 from .tensor_parallel import check_divides
 
@@ -45,18 +45,20 @@ def split_layers(layers: nn.ModuleList, mesh: DeviceMesh) -> None:
     mesh: the processes of tensor parallelism, 1-D. A layer takes and returns whole tokens, equal on all processes.
     """
     for layer in layers:
-        _split_layer(layer, mesh, SPLIT[type(layer)])
+        _split_layer(layer, mesh)
 
 
-def _split_layer(layer: nn.Module, mesh: DeviceMesh, dims: dict[str, int]) -> None:
-    places: list[tuple[nn.Module, str]] = []
-    for path, parameter in list(layer.named_parameters()):
-        owner, _, name = path.rpartition(".")
-        module = layer.get_submodule(owner)
-        if path in dims:
-            part = distribute_tensor(parameter.data, mesh, [Shard(dims[path])], src_data_rank=None)
-            module.register_parameter(name, nn.Parameter(part, parameter.requires_grad))
-        places.append((module, name))
+def _split_layer(layer: nn.Module, mesh: DeviceMesh) -> None:
+    for module, name, dim in list(split_parameters(layer)):
+        parameter = module.get_parameter(name)
+        part = distribute_tensor(parameter.data, mesh, [Shard(dim)], src_data_rank=None)
+        module.register_parameter(name, nn.Parameter(part, parameter.requires_grad))
+    places = [
+        (module, name)
+        for module in layer.modules()
+        for name in module._parameters
+        if module._parameters[name] is not None
+    ]
     whole = layer.forward
 
     def own_part(parameter: Any) -> Tensor:

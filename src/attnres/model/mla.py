@@ -9,7 +9,7 @@ The cache holds c and p: R + P numbers a token, whatever the number of heads (51
 there are two forms of one function. Expanded: make k and v of all tokens and attend with H heads. Absorbed: since
 q_h . W_k,h c = (W_k,h^T q_h) . c, attend with the latents themselves as the one key and value of all heads, and apply
 W_v after. The second spares the expansion of every cached token and costs more per pair of tokens, so it is for the few
-new tokens of decoding.
+new tokens of decoding. Where an adapter or a quantiser has taken the place of W_k and W_v, only the first is there.
 
 Shape suffixes as in `attention`, and R latent width, P shared key width, N width of a head's own key, V value width.
 """
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..residual.base import normed
 from .attention import Context
 from .config import DecoderConfig
+from .linear import bare_weight
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -57,9 +58,12 @@ class MultiHeadLatentAttention(nn.Module):
         c_B1SR, p_B1SP = normed(c_BTR, self.kv_a_layernorm).unsqueeze(1), p_BTP.unsqueeze(1)
         if context.cache is not None:
             c_B1SR, p_B1SP = context.cache.update(c_B1SR, p_B1SP, self.layer_idx)
-        is_absorbed = context.absorb and self.absorbs(x_BTD.shape[1], c_B1SR.shape[2])
-        attend = self.absorbed if is_absorbed else self.expanded
-        return self.o_proj(attend(q_BHTE, c_B1SR, p_B1SP, context).flatten(2))
+        w_YR = bare_weight(self.kv_b_proj) if context.absorb else None  # None with an adapter, which wants a call
+        if w_YR is not None and self.absorbs(x_BTD.shape[1], c_B1SR.shape[2]):
+            o_BTHV = self.absorbed(q_BHTE, c_B1SR, p_B1SP, w_YR, context)
+        else:
+            o_BTHV = self.expanded(q_BHTE, c_B1SR, p_B1SP, context)
+        return self.o_proj(o_BTHV.flatten(2))
 
     def absorbs(self, new: int, tokens: int) -> bool:
         """Whether the absorbed form takes fewer operations for `new` queries over `tokens` keys."""
@@ -74,9 +78,12 @@ class MultiHeadLatentAttention(nn.Module):
         k_BHSE = torch.cat([k_BHSN, p_B1SP.expand(*k_BHSN.shape[:-1], -1)], -1)
         return context.attend(self, q_BHTE, k_BHSE, v_BHSV, context.mask)
 
-    def absorbed(self, q_BHTE: Tensor, c_B1SR: Tensor, p_B1SP: Tensor, context: Context) -> Tensor:
-        """What `expanded` returns, with the expansion applied to queries and outputs instead of keys and values."""
-        w_HXR = self.kv_b_proj.weight.unflatten(0, (-1, self.own + self.value))
+    def absorbed(self, q_BHTE: Tensor, c_B1SR: Tensor, p_B1SP: Tensor, w_YR: Tensor, context: Context) -> Tensor:
+        """What `expanded` returns, with the expansion w_YR applied to queries and outputs instead of keys and values.
+
+        w_YR: the matrix of kv_b_proj, Y = H (N + V).
+        """
+        w_HXR = w_YR.unflatten(0, (-1, self.own + self.value))
         k_HNR, v_HVR = w_HXR.split([self.own, self.value], 1)
         q_BHTN, q_BHTP = q_BHTE.split([self.own, self.shared], -1)
         q_BHTX = torch.cat([q_BHTN @ k_HNR, q_BHTP], -1)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import UsageError
+from .linear import linear_in
 from .token_experts import token_experts
 
 Experts = Callable[[Tensor, Tensor], Tensor]
@@ -98,7 +99,7 @@ class MixtureOfExperts(nn.Module):
         """Weights [N, K], fp32 or wider, and numbers [N, K] of the experts of every token."""
         dtype = torch.promote_types(x_ND.dtype, torch.float32)
         with torch.autocast(x_ND.device.type, enabled=False):
-            score_NE = F.linear(x_ND.to(dtype), self.router.weight.to(dtype)).sigmoid()
+            score_NE = linear_in(dtype, self.router, x_ND).sigmoid()
         expert_NK = (score_NE.detach() + self.correction_bias).topk(self.experts_per_token, sorted=False).indices
         weight_NK = score_NE.gather(1, expert_NK)
         return self.scaling * weight_NK / (weight_NK.sum(1, keepdim=True) + 1e-20), expert_NK

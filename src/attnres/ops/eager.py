@@ -26,6 +26,7 @@ from .reference import (
     merge,
     merge_norm,
     rms_norm,
+    scaled_before,
 )
 
 __all__ = [
@@ -111,6 +112,7 @@ def depth_attention(
 def read_norm(
     query: Tensor, sources: Sequence[Tensor], key_norm: Tensor | None, eps: float, *, scale: float, norm: Norm | None
 ) -> Tensor:
+    scale, norm = scaled_before(norm, scale)
     return rms_norm(depth_attention(query, sources, key_norm, eps, scale=scale), norm)  # type: ignore[arg-type]
 
 

@@ -162,6 +162,7 @@ def read_norm_threaded(
         return read_norm(query, sources, key_norm, eps, scale=scale, norm=norm), list(sources)
     key_norms = None if key_norm is None else key_norm.unsqueeze(0)
     (out,), (lse,) = inter_block(query.unsqueeze(0), sources, key_norms, eps)
+    scale, norm = reference.scaled_before(norm, scale)
     return rms_norm(reference.join_reads(prior, (out, lse), scale), norm), list(sources)
 
 
@@ -197,8 +198,8 @@ def _normalised(h: Tensor, scale: float, norm: Norm | None, dtype: torch.dtype) 
     weight, eps = norm
     width = h.shape[-1]
     rstd = vector_norm(h, dim=-1, keepdim=True).square_().add_(width * eps / scale**2).rsqrt_()
-    x = (h * rstd.mul_(math.sqrt(width))).to(dtype)
-    return x if weight is None else x.mul_(weight.to(dtype))
+    x = h * rstd.mul_(math.sqrt(width))
+    return (x if weight is None else x.mul_(weight.to(x.dtype))).to(dtype)
 
 
 def _whole(rows: Tensor, count: int = 1) -> bool:

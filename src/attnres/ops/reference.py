@@ -90,16 +90,29 @@ def merge(
 
 
 def rms_norm(h: Tensor, norm: Norm | None) -> Tensor:
-    """RMSNorm over the last dimension with the pair (weight, eps); None leaves h as it is."""
+    """RMSNorm over the last dimension with the pair (weight, eps); None leaves h as it is. Rounded once, at the end."""
     if norm is None:
         return h
     weight, eps = norm
-    return torch.nn.functional.rms_norm(h, h.shape[-1:], None if weight is None else weight.to(h.dtype), eps)
+    shape = h.shape[-1:]
+    if weight is None or weight.dtype == h.dtype:
+        return torch.nn.functional.rms_norm(h, shape, weight, eps)
+    wide = statistics_dtype(h.dtype)
+    return torch.nn.functional.rms_norm(h.to(wide), shape, weight.to(wide), eps).to(h.dtype)
+
+
+def scaled_before(norm: Norm | None, scale: float) -> tuple[float, Norm | None]:
+    """(factor, norm) that give the norm of scale * h as the norm of factor * h.
+
+    In front of a norm the factor is 1: scale * h, which may be beyond the range of fp16, is never made.
+    """
+    return (scale, None) if norm is None else (1.0, scaled_norm(norm, scale))
 
 
 def read_norm(
     query: Tensor, sources: Sequence[Tensor], key_norm: Tensor | None, eps: float, *, scale: float, norm: Norm | None
 ) -> Tensor:
+    scale, norm = scaled_before(norm, scale)
     return rms_norm(depth_attention(query, sources, key_norm, eps, scale=scale), norm)  # type: ignore[arg-type]
 
 
@@ -116,6 +129,7 @@ def merge_norm(
     norm: Norm | None,
 ) -> tuple[Tensor, Tensor]:
     partial = update if partial is None else partial + update
+    scale, norm = scaled_before(norm, scale)
     return partial, rms_norm(merge(query, partial, key_norm, out, lse, eps, scale=scale), norm)
 
 
@@ -159,6 +173,7 @@ def read_norm_threaded(
         return read_norm(query, sources, key_norm, eps, scale=scale, norm=norm), list(sources)
     key_norms = None if key_norm is None else key_norm.unsqueeze(0)
     (out,), (lse,) = inter_block(query.unsqueeze(0), sources, key_norms, eps)
+    scale, norm = scaled_before(norm, scale)
     return rms_norm(join_reads(prior, (out, lse), scale), norm), list(sources)
 
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ..model import Decoder
 from ..model.token_shards import TokenShards, hidden_over_processes
 from .config import ParallelConfig
-from .tensor import SPLIT
+from .tensor import split_parameters
 
 
 def apply(model: Decoder, mesh: DeviceMesh) -> None:
@@ -27,18 +27,15 @@ def apply(model: Decoder, mesh: DeviceMesh) -> None:
     Each process then calls it, or `attnres.model.generate`, with the same token ids and gets all logits; a cache holds
     this process's heads. The 1-D `mesh` has the processes; weights must be equal on all of them.
 
-    Raises UsageError for a number of processes that does not divide heads or inner widths.
+    Raises UsageError for a number of processes that does not divide heads or inner widths, and for adapters.
     """
     ParallelConfig(tp=mesh.size()).check(mesh.size(), model.config, batch_size=1, context=mesh.size())
     group = mesh.get_group()
     model.requires_grad_(False)
     for layer in model.layers:
         layer.leaves_partial_sums = True  # type: ignore[assignment]
-        for path, dim in SPLIT[type(layer)].items():
-            owner, _, name = path.rpartition(".")
-            module = layer.get_submodule(owner)
-            if name in module._parameters:  # there may be no shared experts
-                module.register_parameter(name, _own_part(getattr(module, name), dim, group))
+        for module, name, dim in list(split_parameters(layer)):
+            module.register_parameter(name, _own_part(module.get_parameter(name), dim, group))
     _split_vocabulary(model, group)
 
     def hidden(embedding: Tensor, *args: Any) -> Tensor:

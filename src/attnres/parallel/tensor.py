@@ -30,9 +30,11 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from ..errors import UsageError
 from ..model.attention import Attention, Context
 from ..model.feed_forward import FeedForward
 from ..model.kda import KimiDeltaAttention
+from ..model.linear import bare_weight
 from ..model.mla import MultiHeadLatentAttention
 from ..model.moe import MixtureOfExperts
 
@@ -59,6 +61,27 @@ SPLIT: dict[type[nn.Module], dict[str, int]] = {
         "shared_experts.down_proj.weight": 1,
     },
 }
+
+
+def split_parameters(layer: nn.Module) -> Iterator[tuple[nn.Module, str, int]]:
+    """Module and name of every parameter of a layer that is split, and along which dimension.
+
+    Raises UsageError for a matrix with something in its layer's place: it would stay whole, and its output be added up
+    once a process.
+    """
+    modules = dict(layer.named_modules())
+    for path, dim in SPLIT[type(layer)].items():
+        owner, _, name = path.rpartition(".")
+        if owner not in modules:
+            assert getattr(layer, "shared_experts", layer) is None, f"{type(layer).__name__} has no {owner}"
+            continue
+        module = modules[owner]
+        if owner and bare_weight(module) is None:
+            raise UsageError(
+                f"{owner} must be a plain torch.nn.Linear to be split over processes; it is a "
+                f"{type(module).__name__}: merge adapters and take weights that are not quantised"
+            )
+        yield module, name, dim
 
 
 def apply(module: nn.Module, mesh: DeviceMesh) -> None:
@@ -141,13 +164,11 @@ def _split(module: nn.Module, mesh: DeviceMesh, styles: dict[str, ParallelStyle]
 
 def _run_on_own_share(layer: nn.Module, mesh: DeviceMesh) -> None:
     """Splits the parameters that SPLIT names; the layer then takes and returns a process's own tokens."""
-    own = dict(layer.named_parameters())
     split = []
-    for path, dim in SPLIT[type(layer)].items():
-        if path in own and not isinstance(own[path], DTensor):  # no shared experts, or experts that are split already
-            owner, _, name = path.rpartition(".")
-            module = layer.get_submodule(owner)
-            part = distribute_tensor(own[path], mesh, [Shard(dim)], src_data_rank=None)
+    for module, name, dim in split_parameters(layer):
+        whole_parameter = module.get_parameter(name)
+        if not isinstance(whole_parameter, DTensor):  # experts that are split already
+            part = distribute_tensor(whole_parameter, mesh, [Shard(dim)], src_data_rank=None)
             module.register_parameter(name, nn.Parameter(part))
             split.append((module, name))
     whole = layer.forward

@@ -24,6 +24,7 @@ from .prenorm import PreNorm
 from .registry import build, get, names, register
 from .rezero import ReZero
 from .siamesenorm import SiameseNorm
+from .watch import watched
 
 __all__ = [
     "ANCRe",
@@ -54,4 +55,5 @@ __all__ = [
     "get",
     "names",
     "register",
+    "watched",
 ]

@@ -120,10 +120,11 @@ class DepthAttention(Residual):
 
     def two_phase(self, tensor: Tensor) -> bool:
         """Whether phase 1 serves a whole block. On CPUs it pays without gradients, unless a compiler fuses the single
-        reads; a lean state cannot carry its results."""
+        reads; a lean state cannot carry its results, whatever the schedule."""
+        if self.lean or not self.fused:
+            return False
         if self.schedule == "auto":
-            pays = tensor.is_cuda or not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-            return pays and self.fused and not self.lean
+            return tensor.is_cuda or not (torch.is_grad_enabled() or torch.compiler.is_compiling())
         return self.schedule == "two_phase"
 
     def single_read(
@@ -135,15 +136,18 @@ class DepthAttention(Residual):
         """
         if len(sources) == 1 and self.weighing.one_source_is_itself:
             return normed(sources[0], norm), sources
-        if not self.fused:
-            return normed(self.attend(layer, sources, self.scale(len(sources)))[0], norm), sources
-        fold, rest = split_norm(norm, self.dim)
-        query, key_norm = self.queries(folded, layer)
         scale = self.scale(len(sources))
+        if not self.fused:
+            inside, behind = (scale, 1.0) if norm is None else (1.0, scale)
+            return normed(self.attend(layer, sources, inside)[0], norm, behind), sources
+        fold, rest = split_norm(norm, self.dim)
+        inside, behind = (scale, 1.0) if rest is None else (1.0, scale)
+        query, key_norm = self.queries(folded, layer)
         if layer == self.num_layers:  # nobody reads after the output read
-            return normed(ops.read_norm(query, sources, key_norm, self.eps, scale=scale, norm=fold), rest), sources
-        x, handed_on = ops.read_norm_threaded(query, sources, key_norm, self.eps, scale=scale, norm=fold)
-        return normed(x, rest), tuple(handed_on)
+            x = ops.read_norm(query, sources, key_norm, self.eps, scale=inside, norm=fold)
+            return normed(x, rest, behind), sources
+        x, handed_on = ops.read_norm_threaded(query, sources, key_norm, self.eps, scale=inside, norm=fold)
+        return normed(x, rest, behind), tuple(handed_on)
 
     def attend(self, layer: int, sources: tuple[Tensor, ...], scale: float) -> tuple[Tensor, Tensor]:
         """(the read of `layer` times scale, [..., D]; its weights as `depth_weights` gives them), in plain PyTorch."""

@@ -11,18 +11,22 @@ that is what lets checkpointing, torch.compile, CUDA graphs and pipeline stages 
 """
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 from .. import ops
 from ..errors import UsageError
 from ..ops import Norm
+from ..ops.reference import scaled_norm
 
 State = Any
 """A mechanism's own NamedTuple of tensors."""
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class Residual(nn.Module, ABC):
@@ -141,9 +145,9 @@ class Rows(nn.Module):
 def split_norm(norm: nn.Module | None, dim: int) -> tuple[Norm | None, nn.Module | None]:
     """(what an op can fold in, what is left to call): one of the two is None, both without a norm.
 
-    A plain torch.nn.RMSNorm over the last dimension is folded unless hooks watch it.
+    A plain torch.nn.RMSNorm over the last dimension is folded unless something hangs on its call (`is_plain`).
     """
-    if type(norm) is nn.RMSNorm and norm.normalized_shape == (dim,) and norm.eps is not None and not _hooked(norm):
+    if is_plain(norm, nn.RMSNorm) and norm.normalized_shape == (dim,) and norm.eps is not None:
         return (norm.weight, norm.eps), None
     return None, norm
 
@@ -151,12 +155,24 @@ def split_norm(norm: nn.Module | None, dim: int) -> tuple[Norm | None, nn.Module
 def normed(h: Tensor, norm: nn.Module | None, scale: float = 1.0) -> Tensor:
     """scale * h [..., D] through the norm, if there is one."""
     fold, rest = split_norm(norm, h.shape[-1])
-    if fold is not None:  # an RMSNorm takes a scale away again, but for its eps
-        weight, eps = fold
-        return ops.rms_norm(h, (weight, eps / scale**2))
+    if fold is not None:
+        return ops.rms_norm(h, scaled_norm(fold, scale))
+    if rest is not None and h.dtype == torch.float16 and scale != 1.0:
+        # the product may be beyond the range of fp16, though what the norm makes of it is not
+        wide = {name: parameter.float() for name, parameter in rest.named_parameters()}
+        return functional_call(rest, wide, (h.float() * scale,)).to(h.dtype)
     h = h if scale == 1.0 else h * scale
     return h if rest is None else rest(h)
 
 
+def is_plain(module: nn.Module | None, kind: type[M]) -> TypeGuard[M]:
+    """Whether a call of the module does what its class `kind` does and nothing more, so that nobody misses the call.
+
+    A subclass, a forward of its own (accelerate's, adapters', tensor parallelism's) and any hook say no.
+    """
+    return type(module) is kind and "forward" not in vars(module) and not _hooked(module)
+
+
 def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)

@@ -54,8 +54,8 @@ class BlockAttnRes(DepthAttention):
         eps: of the key norm.
         stream_scale: multiply each read by its number of sources. At zero queries a read is then the plain residual sum
             itself and not its mean, so that the eps of the norm that follows never bites (the decoder's default).
-        schedule: "layerwise", "two_phase", or "auto": two-phase on CUDA unless the state must stay lean, else
-        layerwise.
+        schedule: "layerwise"; "two_phase" unless the state must stay lean; or "auto": two-phase on CUDA and, without
+            gradients, on CPUs, again unless the state must stay lean, else layerwise.
         query: "learned", the pseudo-query w_l; or "input", W_l RMSNorm(v) / D of the newest source v with a D x D
             matrix a layer.
         mixing: "softmax" over the sources; "sigmoid" of each logit alone; or "static", learned scalars without
@@ -165,11 +165,12 @@ class BlockAttnRes(DepthAttention):
         fold, rest = split_norm(norm, self.dim)
         query, key_norm = self.queries(state.folded, layer)
         scale = self.scale(len(state.blocks) + 1)
+        inside, behind = (scale, 1.0) if rest is None else (1.0, scale)
         partial, x = ops.merge_norm(
-            query, state.partial, update, key_norm, state.outs[0], state.lses[0], self.eps, scale=scale, norm=fold
+            query, state.partial, update, key_norm, state.outs[0], state.lses[0], self.eps, scale=inside, norm=fold
         )
         after = BlockState(state.blocks, partial, None, state.outs[1:], state.lses[1:], state.folded)
-        return normed(x, rest), after
+        return normed(x, rest, behind), after
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, block_starts={self.block_starts}"

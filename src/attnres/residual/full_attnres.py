@@ -40,8 +40,8 @@ class FullAttnRes(DepthAttention):
         eps: of the key norm.
         stream_scale: multiply each read by its number of sources. At zero queries a read is then the plain residual sum
             itself and not its mean, so that the eps of the norm that follows never bites (the decoder's default).
-        schedule: "layerwise", "two_phase", or "auto": two-phase on CUDA unless the state must stay lean or there is a
-            window, else layerwise.
+        schedule: "layerwise"; "two_phase" unless the state must stay lean; or "auto": two-phase on CUDA unless the
+            state must stay lean or there is a window, else layerwise.
         window: W, attend to the embedding and the last W layer outputs only; None for all.
         query: "learned", the pseudo-query w_l; or "input", W_l RMSNorm(v) / D of the newest source v with a D x D
             matrix a layer.
@@ -138,18 +138,20 @@ class FullAttnRes(DepthAttention):
         first = layer - layer % self.group_size + 1
         earlier, own = state.outputs[:first], state.outputs[first:]
         fold, rest = split_norm(norm, self.dim)
+        scale = self.scale(len(state.outputs))
+        inside, behind = (scale, 1.0) if rest is None else (1.0, scale)
         query, key_norm = self.queries(state.folded, layer)
         x, handed_on = ops.read_norm_threaded(
             query,
             own,
             key_norm,
             self.eps,
-            scale=self.scale(len(state.outputs)),
+            scale=inside,
             norm=fold,
             prior=(state.outs[0], state.lses[0]),
         )
         after = FullState((*earlier, *handed_on), state.outs[1:], state.lses[1:], state.folded)
-        return normed(x, rest), after
+        return normed(x, rest, behind), after
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.window is None else f", window={self.window}")

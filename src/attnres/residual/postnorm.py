@@ -1,6 +1,9 @@
 """Post-norm streams: the norm is behind the addition, on the stream itself.
 
 x_{l+1} = RMSNorm_l(alpha x_l + F_l(x_l))
+
+For alpha > 1 it is computed as the norm of x_l + F_l / alpha with eps / alpha^2, which is the same: alpha x_l, with an
+alpha as large as the network is deep, may be beyond the range of fp16.
 """
 
 from __future__ import annotations
@@ -36,8 +39,11 @@ class PostNorm(PreNorm):
         nn.init.ones_(self.post_norm)
 
     def write(self, state: SumState, layer: int, output: Tensor) -> SumState:
-        norm = (self.post_norm[layer - self.first_layer], self.eps)
-        _, stream = ops.add_norm(self.alpha * state.stream, output, norm=norm)
+        weight, alpha = self.post_norm[layer - self.first_layer], self.alpha
+        if alpha > 1:
+            _, stream = ops.add_norm(state.stream, output / alpha, norm=(weight, self.eps / alpha**2))
+        else:
+            _, stream = ops.add_norm(alpha * state.stream, output, norm=(weight, self.eps))
         return SumState(stream, None)
 
     def read_flops(self, layer: int) -> int:

@@ -66,7 +66,9 @@ class StreamResidual(Residual):
         return state.streams
 
     def finish(self, state: StreamState, norm: nn.Module | None = None) -> Tensor:
-        return normed(state.streams.sum(-2), norm)
+        if norm is None:
+            return state.streams.sum(-2)
+        return normed(state.streams.mean(-2), norm, float(self.num_streams))  # the sum may be beyond the range of fp16
 
     def read_flops(self, layer: int) -> int:
         n, dim = self.num_streams, self.dim
