@@ -166,8 +166,11 @@ def test_options(options, reason):
 def test_parallel_branches_cannot_run_two_phase():
     with pytest.raises(UsageError, match="two_phase"):
         hf.convert(build("gpt_neox_parallel"), schedule="two_phase")
-    model = hf.convert(build("gpt_neox_parallel"))
+    model = hf.convert(build("gpt_neox_parallel"), num_blocks=2)
     assert model.gpt_neox.residual.schedule == "layerwise"
+    model.gpt_neox.residual.schedule = "two_phase"
+    with torch.no_grad(), pytest.raises(UsageError, match="may not"):
+        model(tokens())
     hf.convert(build("gpt_neox"), schedule="two_phase")
 
 

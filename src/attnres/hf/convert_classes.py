@@ -72,10 +72,12 @@ def build_residual(base: Any, entry: architectures.Architecture, name: str, opti
         raise UsageError("window must stay None in a conversion: the model used to read all its layers' outputs")
     options = {**options, "stream_scale": True}
     layers = getattr(base, entry.layers)
-    # parallel branches read twice before they write; the two-phase schedule takes reads and writes in turn
-    parallel = any(entry.is_parallel(layer) for layer in layers)
-    if parallel and options.setdefault("schedule", "layerwise") == "two_phase":
-        raise UsageError("schedule must not be 'two_phase' for a model whose attention and MLP run in parallel")
+    if any(entry.is_parallel(layer) for layer in layers):
+        # parallel branches read twice before they write; the two-phase schedule takes reads and writes in turn
+        if options.get("schedule") == "two_phase":
+            raise UsageError("schedule must not be 'two_phase' for a model whose attention and MLP run in parallel")
+        if options.get("schedule") in (None, "auto"):
+            options["schedule"] = "layerwise"
     return residuals.build(name, base.config.hidden_size, 2 * len(layers), **options)
 
 

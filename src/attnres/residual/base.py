@@ -73,7 +73,11 @@ class Residual(nn.Module, ABC):
 
     @abstractmethod
     def write(self, state: State, layer: int, output: Tensor) -> State:
-        """The state after layer `layer` added its output [..., D]."""
+        """The state after layer `layer` added its output [..., D].
+
+        Layers take turns, each writing into the state that its own read returned. A write that has to read first, so
+        that it would overwrite or misplace an output, raises UsageError.
+        """
 
     @abstractmethod
     def finish(self, state: State, norm: nn.Module | None = None) -> Tensor:
@@ -141,7 +145,7 @@ class Rows(nn.Module):
 def split_norm(norm: nn.Module | None, dim: int) -> tuple[Norm | None, nn.Module | None]:
     """(what an op can fold in, what is left to call): one of the two is None, both without a norm.
 
-    A plain torch.nn.RMSNorm over the last dimension is folded unless hooks watch it.
+    A plain torch.nn.RMSNorm over the last dimension is folded unless hooks watch it or its forward has been replaced.
     """
     if type(norm) is nn.RMSNorm and norm.normalized_shape == (dim,) and norm.eps is not None and not _hooked(norm):
         return (norm.weight, norm.eps), None
@@ -158,5 +162,15 @@ def normed(h: Tensor, norm: nn.Module | None, scale: float = 1.0) -> Tensor:
     return h if rest is None else rest(h)
 
 
+def check_turn(in_turn: bool, verb: str, layer: int) -> None:
+    """Raises UsageError if it is not the turn of `layer` to "read" or "write"."""
+    if not in_turn:
+        mend = f"go on with the state that read(state, {layer}) returns, and write into that"
+        if verb == "read":
+            mend = "read layers in their order, each after the one before has written"
+        raise UsageError(f"layer {layer} may not {verb} now: {mend}")
+
+
 def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    backward = module._backward_hooks or module._backward_pre_hooks
+    return bool(module._forward_hooks or module._forward_pre_hooks or backward or "forward" in module.__dict__)
