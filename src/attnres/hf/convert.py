@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from ..errors import Failure, UsageError
 from . import architectures
 from .architectures import TYPE_PREFIX
+from .checkpointing import check_checkpointing
 from .convert_classes import (
     build_residual,
     converted_config_class,
@@ -56,6 +57,7 @@ def convert(
     _check_model(model)
     base = model.base_model
     entry = architectures.find(base)
+    check_checkpointing(getattr(base, entry.layers))
     sizes = {"num_blocks": num_blocks, "block_size": block_size}
     options.update({name: size for name, size in sizes.items() if size is not None})
     mechanism = build_residual(base, entry, residual, options)

@@ -33,6 +33,7 @@ from ..errors import UsageError
 from ..residual import Residual
 from . import architectures
 from .architectures import TYPE_PREFIX
+from .checkpointing import non_reentrant
 from .convert_layer import DepthStream, attach, once_a_class
 from .tensor_parallel import SharesTokens
 
@@ -134,15 +135,9 @@ def converted_model_class(original: Any) -> Any:
     @functools.wraps(original._set_gradient_checkpointing)
     def _set_gradient_checkpointing(self: Any, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         function = args[0] if args else kwargs.get("gradient_checkpointing_func")
-        if enable and getattr(function, "keywords", {}).get("use_reentrant") is not False:
-            raise UsageError(
-                "converted models checkpoint with gradient_checkpointing_kwargs={'use_reentrant': False} only; "
-                "the reentrant form loses the gradients of what layers hand on"
-            )
+        if enable and function is not None:
+            non_reentrant(function)  # refused before the first layer has changed
         original._set_gradient_checkpointing(self, enable, *args, **kwargs)
-        for module in self.modules():
-            if isinstance(module, Residual):
-                module.lean = enable
 
     def sublayers(self: Any) -> list[nn.Module]:
         entry = architectures.ARCHITECTURES[self.config.model_type.removeprefix(TYPE_PREFIX)]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -20,7 +20,11 @@ from ..errors import UsageError
 from ..model.token_shards import TokenShards
 from ..residual import Residual, State
 from .architectures import Architecture
+from .checkpointing import non_reentrant
 from .tensor_parallel import shards_of
+
+CHECKPOINTING = ("_gradient_checkpointing_func", "gradient_checkpointing")
+"""What transformers writes into a decoder layer to have it checkpoint."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -68,6 +72,17 @@ pytree.register_pytree_node(
 )
 
 
+@dataclass(frozen=True)
+class Owner:
+    """A layer's way to the base model that it is part of, which as a plain attribute would become its submodule."""
+
+    model: Any
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Owner":
+        # a copied model has copied layers; a layer that is copied alone stays with its model
+        return Owner(memo.get(id(self.model), self.model))
+
+
 class ConvertedLayer(nn.Module):
     """Comes before the original class in a converted decoder layer's bases and replaces its forward."""
 
@@ -82,6 +97,32 @@ class ConvertedLayer(nn.Module):
     """The submodule that is this layer's attention."""
     attention_takes: tuple[str, ...] | None
     """The arguments of the original forward that linear attention gets; None for all, as softmax attention does."""
+    owner: Owner
+    recomputed = False
+    checkpoint: Callable[..., Any] = staticmethod(torch.utils.checkpoint.checkpoint)
+
+    # what transformers sets, from this model or from one around it that knows nothing of conversions
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether the layer is computed again in the backward pass."""
+        return self.recomputed
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enabled: bool) -> None:
+        self.recomputed = enabled
+        layers = getattr(self.owner.model, self.architecture.layers)
+        lean = any(layer.gradient_checkpointing for layer in layers)
+        for module in self.owner.model.modules():
+            if isinstance(module, Residual):
+                module.lean = lean
+
+    @property
+    def _gradient_checkpointing_func(self) -> Callable[..., Any]:
+        return self.checkpoint
+
+    @_gradient_checkpointing_func.setter
+    def _gradient_checkpointing_func(self, function: Callable[..., Any]) -> None:
+        self.checkpoint = non_reentrant(function)
 
     def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> DepthStream | Tensor:
         entry, attention, mlp = self.architecture, self.first, self.first + 1
@@ -123,7 +164,7 @@ class ConvertedLayer(nn.Module):
                 "only the first decoder layer takes hidden states; later ones take the output of the one before, also "
                 "from another stage of a pipeline"
             )
-        shards = shards_of(vars(self)["converted_model"], hidden_states.shape[1])
+        shards = shards_of(self.owner.model, hidden_states.shape[1])
         return residual.start(hidden_states if shards is None else shards.own(hidden_states)), shards
 
     def _attend(self, h: Tensor, shards: TokenShards | None, arguments: dict[str, Any]) -> Tensor:
@@ -181,13 +222,16 @@ def attach(base: Any, residual: Residual, entry: Architecture) -> None:
         layer.attention_name = entry.attention_of(layer)
         takes = tuple(inspect.signature(type(getattr(layer, layer.attention_name)).forward).parameters)
         layer.attention_takes = takes if "cache_params" in takes else None
-        # past nn.Module.__setattr__, or the base model would become a submodule of its own submodule
-        vars(layer)["converted_model"] = base
+        layer.owner = Owner(base)
+    for layer in layers:
+        settings = {name: vars(layer).pop(name) for name in CHECKPOINTING if name in vars(layer)}
+        for name, value in settings.items():
+            setattr(layer, name, value)
 
 
 def residual_of(module: Any) -> Residual:
     # looked up at each call: adapters put a trainable copy in the residual connection's place
-    return module.converted_model.residual
+    return module.owner.model.residual
 
 
 def rows_on(residual: Residual, device: torch.device) -> Residual:

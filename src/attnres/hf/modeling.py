@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, initialization
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
@@ -75,6 +76,15 @@ class AttnResPreTrainedModel(SharesTokens, PreTrainedModel):
                 initialization.zeros_(buffer)
         else:
             super()._init_weights(module)
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, every_n_layers: int = 1
+    ) -> None:
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func)
+        base: Any = self.base_model
+        base.checkpoint_every = every_n_layers
+        # a state is no tensor, in which the reentrant form would find no gradients
+        base.checkpoint = partial(gradient_checkpointing_func, use_reentrant=False)
 
     @classmethod
     def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh: Any) -> Any:

@@ -7,6 +7,7 @@ each layer's norm, so that a mechanism can fuse it, and runs the layer on what c
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,10 @@ class Backbone(nn.Module):
 
     config: DecoderConfig
     checkpointing = False
+    checkpoint_every = 1
+    """With checkpointing, how many blocks there are for each that is recomputed."""
+    checkpoint: Callable[..., Any] = staticmethod(partial(checkpoint, use_reentrant=False))
+    """torch's checkpoint, in the form that finds the gradients of a state."""
 
     def add_modules(self, config: DecoderConfig) -> None:
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -63,8 +68,9 @@ class Backbone(nn.Module):
             end = min(first + 2 - first % 2, last)
             if observe is not None:
                 observe(state, first)
-            if self.checkpointing and torch.is_grad_enabled():
-                state = checkpoint(self._run_layers, state, first, end, context, use_reentrant=False)
+            recomputed = self.checkpointing and first // 2 % self.checkpoint_every == 0
+            if recomputed and torch.is_grad_enabled():
+                state = self.checkpoint(self._run_layers, state, first, end, context)
             else:
                 state = self._run_layers(state, first, end, context)
             first = end
