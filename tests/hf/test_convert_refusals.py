@@ -19,9 +19,11 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from attnres import hf
 from attnres.errors import UsageError
+from attnres.hf.convert_folder import convert_folder
+from attnres.hf.evaluate import open_model
 from attnres.model import Decoder, DecoderConfig
 
-from .converted import SHAPE, VOCAB, build, tokens
+from .converted import ALL, SHAPE, VOCAB, build, tokens
 
 
 def bert():
@@ -172,6 +174,20 @@ def test_parallel_branches_cannot_run_two_phase():
     with torch.no_grad(), pytest.raises(UsageError, match="may not"):
         model(tokens())
     hf.convert(build("gpt_neox"), schedule="two_phase")
+
+
+def test_attention_over_depth_that_transformers_would_leave_out(tmp_path):
+    name = "kimi_linear" if "kimi_linear" in ALL else "llama"
+    model = build(name, torch.float32, attn_res_block_size=2)
+    said = r"attn_res_block_size=2, so the model was trained with attention over depth"
+    with pytest.raises(UsageError, match=said):
+        hf.convert(model)
+    model.save_pretrained(tmp_path / "model")
+    for call in (open_model, hf.load, lambda folder: convert_folder(folder, tmp_path / "out")):
+        with pytest.raises(UsageError, match=said):
+            call(tmp_path / "model")
+    assert not (tmp_path / "out").exists()
+    hf.convert(build(name, attn_res_block_size=None))
 
 
 def test_layers_out_of_turn():

@@ -7,9 +7,12 @@ import torch
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     LlamaForSequenceClassification,
     LlamaModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
 )
 
 from attnres import hf
@@ -130,6 +133,34 @@ def test_models_without_a_head_and_with_another(tmp_path):
         for loaded in (hf.load(tmp_path / auto.__name__), auto.from_pretrained(tmp_path / auto.__name__)):
             assert type(loaded) is type(model)
             assert torch.equal(loaded(ids, attention_mask=mask)[0], model(ids, attention_mask=mask)[0])
+
+
+def test_the_inside_of_a_model_with_a_head_is_refused():
+    whole = build("llama")
+    with pytest.raises(UsageError, match=r"LlamaModel is part of a LlamaForCausalLM.*; convert the LlamaForCausalLM"):
+        hf.convert(whole.model)
+    assert type(whole.model) is LlamaModel and whole.config.model_type == "llama"
+    base = whole.model
+    whole.itself = [whole]  # a cycle, which only the garbage collector takes
+    del whole
+    hf.convert(base)
+
+
+@torch.no_grad()
+def test_the_language_model_of_a_model_for_images(tmp_path):
+    text = build("llama", torch.float32).config.to_dict()
+    vision = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 8, "patch_size": 4, "projection_dim": 16}
+    whole = LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision)).eval()
+    expected = whole(tokens()).logits
+    inner = hf.convert(whole.model.language_model, "full_attnres")
+    assert torch.allclose(whole(tokens()).logits, expected, atol=1e-5)
+    move_queries(inner)
+    expected = whole(tokens()).logits
+    whole.save_pretrained(tmp_path)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert type(loaded.model.language_model) is type(inner)
+    assert torch.equal(loaded(tokens()).logits, expected)
 
 
 @torch.no_grad()
