@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import UsageError
+from .layer_sum import check_sum
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,7 @@ def _check_layers(entry: Architecture, layers: list[nn.Module], expected: int) -
             raise UsageError(f"{place} has {', '.join(extra)}, which an exact conversion does not know how to treat")
         if missing := sorted(entry.submodules(layer) - children):
             raise UsageError(f"{place} lacks {', '.join(missing)}, which an exact conversion needs to find")
+        check_sum(layer, entry, place)
 
 
 _GEMMA2 = Architecture(
