@@ -20,7 +20,7 @@ from attnres.errors import UsageError
 from attnres.hf import architectures
 from attnres.hf.architectures import Architecture
 
-from .converted import build, move_queries, padded, randomise, tokens
+from .converted import PAD, SHAPE, build, move_queries, padded, randomise, tokens
 
 
 @torch.no_grad()
@@ -192,6 +192,53 @@ def test_parameters_that_a_folder_lacks_start_as_those_of_a_conversion(tmp_path)
     model.save_pretrained(tmp_path, state_dict=old)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert not loaded.model.residual.pseudo_query.any() and (loaded.model.residual.key_norm == 1).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama", {"num_blocks": 2}),
+        ("qwen3_moe", {"residual": "full_attnres", "schedule": "two_phase"}),
+        ("gpt2", {}),
+        ("gpt_neox_parallel", {"num_blocks": 2}),
+        ("native", {}),
+    ],
+)
+def test_generation_with_drafts_of_the_models_own_first_layers(name, options):
+    if name == "native":
+        model = hf.AttnResForCausalLM(hf.AttnResConfig(**SHAPE)).eval()
+    else:
+        model = hf.convert(build(name, torch.float32), **options)
+    move_queries(randomise(model))
+    greedy = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": PAD, "eos_token_id": None}
+    expected, runs = model.generate(tokens(1), **greedy), []
+    last = list(model.base_model.sublayers())[-1]
+    last.register_forward_pre_hook(lambda *_: runs.append(1))
+    for layers in (1, 2):
+        runs.clear()
+        assert torch.equal(model.generate(tokens(1), assistant_early_exit=layers, **greedy), expected)
+        assert model.config.num_hidden_layers == 3 and 0 < len(runs) <= 6
+
+    def fail_in_drafts(*_):
+        if model.config.num_hidden_layers == 2:
+            raise MemoryError
+
+    model.base_model.sublayers()[0].register_forward_pre_hook(fail_in_drafts)
+    with pytest.raises(MemoryError):
+        model.generate(tokens(1), assistant_early_exit=2, **greedy)
+    assert model.config.num_hidden_layers == 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_draft_is_the_first_layers_read_by_the_head(name):
+    original = build(name)
+    model = hf.convert(copy.deepcopy(original), num_blocks=2)
+    shorter = build(name, num_hidden_layers=2)
+    shorter.load_state_dict(original.state_dict(), strict=False)
+    model.config.num_hidden_layers = 2
+    assert torch.allclose(model(tokens(), use_cache=False).logits, shorter(tokens()).logits, rtol=0, atol=1e-9)
 
 
 def test_compiles_into_one_graph():

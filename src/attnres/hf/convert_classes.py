@@ -34,7 +34,8 @@ from ..residual import Residual
 from . import architectures
 from .architectures import TYPE_PREFIX
 from .checkpointing import non_reentrant
-from .convert_layer import DepthStream, attach, once_a_class
+from .convert_layer import DepthStream, attach, check_whole, once_a_class
+from .self_speculation import DraftsItself
 from .tensor_parallel import SharesTokens
 
 CLASS_PREFIX = "AttnRes"
@@ -123,6 +124,8 @@ def converted_model_class(original: Any) -> Any:
 
     @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.base_model is self:
+            check_whole(self, _entry_of(self))
         outputs = original.forward(self, *args, **kwargs)
         return _read_streams(outputs, self.residual) if self.base_model is self else outputs
 
@@ -140,9 +143,9 @@ def converted_model_class(original: Any) -> Any:
         original._set_gradient_checkpointing(self, enable, *args, **kwargs)
 
     def sublayers(self: Any) -> list[nn.Module]:
-        entry = architectures.ARCHITECTURES[self.config.model_type.removeprefix(TYPE_PREFIX)]
+        entry = _entry_of(self)
         layers = getattr(self, entry.layers)
-        return [getattr(layer, name) for layer in layers for name in (entry.attention, entry.mlp)]
+        return [getattr(layer, name) for layer in layers for name in (entry.attention_of(layer), entry.mlp)]
 
     body = {
         "__module__": __name__,
@@ -156,11 +159,16 @@ def converted_model_class(original: Any) -> Any:
         "original": original,
     }
     _share_checkpoint_layout(original.__name__, CLASS_PREFIX + original.__name__)
-    converted = type(CLASS_PREFIX + original.__name__, (SharesTokens, original), body)
+    generates = (DraftsItself,) if hasattr(original, "generate") else ()
+    converted = type(CLASS_PREFIX + original.__name__, (*generates, SharesTokens, original), body)
     add_to_transformers(converted)
     # transformers enters a class when it is instantiated; a model converted in place never is
     dict.__setitem__(output_capturing._CAN_RECORD_REGISTRY, str(converted), original._can_record_outputs)
     return converted
+
+
+def _entry_of(base: Any) -> architectures.Architecture:
+    return architectures.ARCHITECTURES[base.config.model_type.removeprefix(TYPE_PREFIX)]
 
 
 def add_to_transformers(model_class: type) -> None:

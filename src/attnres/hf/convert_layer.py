@@ -91,8 +91,6 @@ class ConvertedLayer(nn.Module):
     """Of the original forward, after the hidden states."""
     first: int
     """This layer's attention among all layers of the residual connection; its MLP is the one after."""
-    last: bool
-    """Whether the final norm comes next."""
     attention_name: str
     """The submodule that is this layer's attention."""
     attention_takes: tuple[str, ...] | None
@@ -126,11 +124,16 @@ class ConvertedLayer(nn.Module):
 
     def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> DepthStream | Tensor:
         entry, attention, mlp = self.architecture, self.first, self.first + 1
+        residual = residual_of(self)
+        # a config says less than there are while self-speculation drafts
+        count = min(2 * self.owner.model.config.num_hidden_layers, residual.num_layers)
+        if attention >= count:
+            return hidden_states  # not all of transformers' loops stop there
         kwargs.update(zip(self.argument_names, args, strict=False))
         for name in entry.refused_arguments:
             if kwargs.pop(name, None) is not None:
                 raise UsageError(f"{name} must be None: this {entry.model_type!r} model has no layers that take it")
-        residual = rows_on(residual_of(self), hidden_states.device)
+        residual = rows_on(residual, hidden_states.device)
         state, shards = self._state(residual, hidden_states)
         if entry.is_parallel(self):
             state = self._parallel(residual, state, shards, kwargs)
@@ -139,7 +142,7 @@ class ConvertedLayer(nn.Module):
             state = residual.write(state, attention, self._attend(h, shards, kwargs))
             h, state = residual.read(state, mlp)
             state = residual.write(state, mlp, self._feed_forward(h, shards))
-        if not self.last:
+        if mlp + 1 < count:
             return DepthStream(state, mlp + 1, shards)
         h = residual.finish(state)
         return h if shards is None else shards.gather(h)
@@ -158,6 +161,11 @@ class ConvertedLayer(nn.Module):
 
     def _state(self, residual: Residual, hidden_states: Any) -> tuple[State, TokenShards | None]:
         if isinstance(hidden_states, DepthStream):
+            if hidden_states.layer != self.first:
+                raise UsageError(
+                    f"decoder layer {self.first // 2} gets what is meant for layer {hidden_states.layer // 2}; the "
+                    f"layers of a converted model can neither be removed nor reordered: do that before the conversion"
+                )
             return hidden_states.state, hidden_states.shards
         if self.first:
             raise UsageError(
@@ -218,7 +226,7 @@ def attach(base: Any, residual: Residual, entry: Architecture) -> None:
     layers = getattr(base, entry.layers)
     for i, layer in enumerate(layers):
         layer.__class__ = converted_layer_class(type(layer), entry)
-        layer.first, layer.last = 2 * i, i + 1 == len(layers)
+        layer.first = 2 * i
         layer.attention_name = entry.attention_of(layer)
         takes = tuple(inspect.signature(type(getattr(layer, layer.attention_name)).forward).parameters)
         layer.attention_takes = takes if "cache_params" in takes else None
@@ -227,6 +235,16 @@ def attach(base: Any, residual: Residual, entry: Architecture) -> None:
         settings = {name: vars(layer).pop(name) for name in CHECKPOINTING if name in vars(layer)}
         for name, value in settings.items():
             setattr(layer, name, value)
+
+
+def check_whole(base: Any, entry: Architecture) -> None:
+    """Raises UsageError if a converted base model has no longer the layers that its residual connection is made for."""
+    found, made_for = len(getattr(base, entry.layers)), base.residual.num_layers // 2
+    if found != made_for:
+        raise UsageError(
+            f"the model has {found} decoder layers and a residual connection for {made_for}; the layers of a converted "
+            f"model can neither be removed nor added: do that before the conversion"
+        )
 
 
 def residual_of(module: Any) -> Residual:

@@ -31,7 +31,7 @@ def hidden_across_devices(
     if any(p.device != device for p in model.residual.parameters()):
         raise UsageError(f"the device_map must keep the residual connection with the embedding; put it on {device}")
     state = model.residual.start(stream_dtype(embedding))
-    for i, layer in enumerate(model.layers):
+    for i, layer in enumerate(model.layers[: model.depth]):  # type: ignore[arg-type]
         if observe is not None and i % 2 == 0:
             observe(state, i)
         h, state = model.residual.read(state, i)

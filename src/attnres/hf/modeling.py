@@ -32,6 +32,7 @@ from .cache import LayerCache, check_cache
 from .configuration import AttnResConfig
 from .dispatch import hidden_across_devices, is_dispatched
 from .runs import open_run
+from .self_speculation import DraftsItself
 from .tensor_parallel import SharesTokens, shards_of
 
 logger = logging.get_logger(__name__)
@@ -241,7 +242,7 @@ def _present(attention_mask: Tensor | None, inputs_embeds: Tensor) -> Tensor | N
     return attention_mask[:, -inputs_embeds.shape[1] :, None].to(inputs_embeds.dtype)
 
 
-class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
+class AttnResForCausalLM(DraftsItself, AttnResPreTrainedModel, GenerationMixin):
     """Language model over AttnRes, as `AutoModelForCausalLM` loads it."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}

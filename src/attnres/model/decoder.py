@@ -57,8 +57,13 @@ class Backbone(nn.Module):
         observe: called before every Transformer block with the state that it reads and its first layer's index.
         """
         state = self.residual.start(stream_dtype(embedding))
-        state = self.run_layers(state, 0, len(self.layers), context, observe)
+        state = self.run_layers(state, 0, self.depth, context, observe)
         return self.residual.finish(state, self.norm)
+
+    @property
+    def depth(self) -> int:
+        """How many layers run: all, or those that a config whose depth has been lowered has."""
+        return min(len(self.layers), self.config.num_layers)
 
     def run_layers(
         self, state: State, first: int, last: int, context: Context, observe: Callable[[State, int], None] | None = None
