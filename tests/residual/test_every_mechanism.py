@@ -173,6 +173,23 @@ def test_stages_share_out_the_parameters_and_make_the_whole(name, options):
 
 
 @every
+def test_a_stage_resets_its_own_layers(name, options):
+    res = residual.build(name, DIM, 6, **options).double()
+    res.reset_parameters()
+    fresh = {key: value.clone() for key, value in res.named_parameters()}
+    randomised(res).keep_layers(2, 5)
+    keys = list(res.state_dict())
+    res.reset_parameters()
+    assert list(res.state_dict()) == keys and all(p.requires_grad for p in res.parameters())
+    for key, value in res.named_parameters():
+        parent, _, layer = key.rpartition(".")
+        want = fresh[key] if key in fresh else fresh[parent][int(layer)]
+        if not (name == "gated_residual" or key.startswith("down")):  # drawn at random
+            assert torch.equal(value, want.to(value)), key
+        assert value.isfinite().all() and value.abs().max() <= 8.0
+
+
+@every
 def test_checkpointing_gives_the_same_gradients(name, options):
     model = trained_like(decoder(name, options)).double()
     plain = gradients(model)

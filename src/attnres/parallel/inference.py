@@ -34,11 +34,11 @@ def apply(model: Decoder, mesh: DeviceMesh) -> None:
     model.requires_grad_(False)
     for layer in model.layers:
         layer.leaves_partial_sums = True  # type: ignore[assignment]
+        own = dict(layer.named_parameters())
         for path, dim in SPLIT[type(layer)].items():
-            owner, _, name = path.rpartition(".")
-            module = layer.get_submodule(owner)
-            if name in module._parameters:  # there may be no shared experts
-                module.register_parameter(name, _own_part(getattr(module, name), dim, group))
+            if path in own:  # there may be no shared experts
+                owner, _, name = path.rpartition(".")
+                layer.get_submodule(owner).register_parameter(name, _own_part(own[path], dim, group))
     _split_vocabulary(model, group)
 
     def hidden(embedding: Tensor, *args: Any) -> Tensor:

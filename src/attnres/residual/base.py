@@ -11,6 +11,8 @@ that is what lets checkpointing, torch.compile, CUDA graphs and pipeline stages 
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -53,6 +55,11 @@ class Residual(nn.Module, ABC):
     xavier_init = False
     """Whether layers' matrices start with the deviation of Xavier, the root of 2 / (rows + columns), instead of the one
     that the network is configured with."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "reset_parameters" in vars(cls):
+            cls.reset_parameters = _on_stacked_rows(cls.reset_parameters)  # type: ignore[method-assign]
 
     def __init__(self, dim: int, num_layers: int) -> None:
         super().__init__()
@@ -109,7 +116,7 @@ class Residual(nn.Module, ABC):
         self.first_layer = first
 
     def reset_parameters(self) -> None:
-        """Sets every parameter to its value at the start of training."""
+        """Sets every parameter to its value at the start of training; in a stage of a pipeline those of its layers."""
 
     def init_scale(self, role: str) -> float:
         """Factor on the standard deviation of a layer's initial matrices.
@@ -140,6 +147,28 @@ class Rows(nn.Module):
     def __getitem__(self, index: int | slice) -> Tensor:
         rows = list(self._parameters.values())
         return torch.stack(rows[index]) if isinstance(index, slice) else rows[index]  # type: ignore
+
+
+def _on_stacked_rows(reset: Callable[[Any], None]) -> Callable[[Any], None]:
+    """`reset` for parameters that may be `Rows`: it finds one tensor, and the rows get what it leaves there."""
+
+    @wraps(reset)
+    @torch.no_grad()
+    def reset_rows(self: Any) -> None:
+        modules = dict(self._modules)
+        rows = {name: module for name, module in modules.items() if isinstance(module, Rows)}
+        for name, module in rows.items():
+            del self._modules[name]
+            self.register_parameter(name, nn.Parameter(module[:], requires_grad=False))
+        try:
+            reset(self)
+        finally:
+            for name, module in rows.items():
+                for row, value in zip(module.parameters(), self._parameters.pop(name), strict=True):
+                    row.copy_(value)
+            self._modules = modules
+
+    return reset_rows
 
 
 def split_norm(norm: nn.Module | None, dim: int) -> tuple[Norm | None, nn.Module | None]:
