@@ -1,6 +1,9 @@
 """What people do with a converted model, on a few architectures."""
 
 import copy
+import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ from transformers import (
 
 from attnres import hf
 from attnres.errors import UsageError
-from attnres.hf import architectures
+from attnres.hf import architectures, convert_classes
 from attnres.hf.architectures import Architecture
 
 from .converted import PAD, SHAPE, build, move_queries, padded, randomise, tokens
@@ -84,6 +87,68 @@ def test_a_copy_stands_on_its_own():
     other = move_queries(copy.deepcopy(model))
     assert torch.equal(model(tokens()).logits, before)
     assert not torch.allclose(other(tokens()).logits, before)
+
+
+FRESH = """
+import pickle, sys, torch
+model = pickle.load(open(sys.argv[1] + "/model.pickle", "rb"))
+ids, expected = torch.load(sys.argv[1] + "/expected.pt")
+with torch.no_grad():
+    assert torch.allclose(model(ids).logits, expected, atol=1e-5), type(model)
+"""
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "qwen3_next"])
+def test_pickled_for_a_process_that_knows_nothing_of_it(name, tmp_path):
+    model = move_queries(hf.convert(build(name, torch.float32)))
+    (tmp_path / "model.pickle").write_bytes(pickle.dumps(model))
+    torch.save((tokens(), model(tokens()).logits), tmp_path / "expected.pt")
+    subprocess.run([sys.executable, "-c", FRESH, str(tmp_path)], check=True)
+    with pytest.raises(AttributeError, match="AttnResNothing"):
+        convert_classes.AttnResNothing  # noqa: B018
+
+
+@torch.no_grad()
+def test_a_layer_that_is_copied_alone_stays_with_its_model():
+    model = hf.convert(build("llama"))
+    layer = copy.deepcopy(model.model.layers[2])
+    assert layer.owner.model is model.model
+    other = copy.deepcopy(model)
+    assert all(layer.owner.model is other.model for layer in other.model.layers)
+    expected = move_queries(model)(tokens()).logits
+    model.model.layers[2] = layer
+    assert torch.equal(model(tokens()).logits, expected)
+
+
+@torch.no_grad()
+def test_layers_that_are_taken_out_are_noticed():
+    model = hf.convert(build("llama", num_hidden_layers=4))
+    model.model.layers[1], model.model.layers[2] = model.model.layers[2], model.model.layers[1]
+    with pytest.raises(UsageError, match="removed nor reordered"):
+        model(tokens())
+    for i in (1, 2):
+        model = hf.convert(build("llama"))
+        del model.model.layers[i]
+        with pytest.raises(UsageError, match="2 decoder layers and a residual connection for 3"):
+            model(tokens())
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*deprecated:FutureWarning")
+@pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
+def test_peft_finds_the_model_of_an_adapter(task, tmp_path):
+    peft = pytest.importorskip("peft")
+    move_queries(hf.convert(build("llama", torch.float32))).save_pretrained(tmp_path / "model")
+    options = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["residual"], task_type=task)
+    adapted = peft.get_peft_model(hf.load(tmp_path / "model"), options).eval()
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    adapted.save_pretrained(tmp_path / "adapter")
+    allowed = {} if task else {"import_allowlist": ["attnres"]}
+    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", **allowed)
+    assert torch.allclose(loaded(tokens()).logits, adapted(tokens()).logits, atol=1e-6)
 
 
 def test_the_config_becomes_its_own():

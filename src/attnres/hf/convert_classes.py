@@ -54,6 +54,16 @@ _AUTO_CLASSES = (
 )
 
 
+def __getattr__(name: str) -> Any:
+    """The converted class of that name: pickle and peft look for it here, in processes that have not made it yet."""
+    original = getattr(transformers, name.removeprefix(CLASS_PREFIX), None) if name.startswith(CLASS_PREFIX) else None
+    if isinstance(original, type) and issubclass(original, PreTrainedConfig):
+        return converted_config_class(original)
+    if isinstance(original, type) and issubclass(original, PreTrainedModel):
+        return converted_model_class(original)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def is_converted(model: Any) -> bool:
     """Whether a transformers model has been through `attnres.hf.convert`."""
     return model.config.model_type.startswith(TYPE_PREFIX)
@@ -161,6 +171,7 @@ def converted_model_class(original: Any) -> Any:
     _share_checkpoint_layout(original.__name__, CLASS_PREFIX + original.__name__)
     generates = (DraftsItself,) if hasattr(original, "generate") else ()
     converted = type(CLASS_PREFIX + original.__name__, (*generates, SharesTokens, original), body)
+    globals()[converted.__name__] = converted
     add_to_transformers(converted)
     # transformers enters a class when it is instantiated; a model converted in place never is
     dict.__setitem__(output_capturing._CAN_RECORD_REGISTRY, str(converted), original._can_record_outputs)

@@ -86,6 +86,7 @@ class Owner:
 class ConvertedLayer(nn.Module):
     """Comes before the original class in a converted decoder layer's bases and replaces its forward."""
 
+    original: type[nn.Module]
     architecture: Architecture
     argument_names: tuple[str, ...]
     """Of the original forward, after the hidden states."""
@@ -121,6 +122,9 @@ class ConvertedLayer(nn.Module):
     @_gradient_checkpointing_func.setter
     def _gradient_checkpointing_func(self, function: Callable[..., Any]) -> None:
         self.checkpoint = non_reentrant(function)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _new_layer, (type(self).original, self.architecture), self.__getstate__()
 
     def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> DepthStream | Tensor:
         entry, attention, mlp = self.architecture, self.first, self.first + 1
@@ -216,8 +220,15 @@ class ConvertedLayer(nn.Module):
 def converted_layer_class(original: type[nn.Module], entry: Architecture) -> type[nn.Module]:
     """The converted form of a decoder layer class. It keeps the name, by which wrapping policies and device maps go."""
     names = tuple(inspect.signature(original.forward).parameters)[2:]
-    body = {"architecture": entry, "argument_names": names, "__module__": __name__, "__doc__": ConvertedLayer.__doc__}
+    body: dict[str, Any] = {"original": original, "architecture": entry, "argument_names": names}
+    body |= {"__module__": __name__, "__doc__": ConvertedLayer.__doc__}
     return type(original.__name__, (ConvertedLayer, original), body)
+
+
+def _new_layer(original: type[nn.Module], entry: Architecture) -> nn.Module:
+    """A layer for pickle to fill: its class is made when needed, so pickle cannot find it by its name."""
+    converted = converted_layer_class(original, entry)
+    return converted.__new__(converted)
 
 
 def attach(base: Any, residual: Residual, entry: Architecture) -> None:
