@@ -31,6 +31,7 @@ from .attention import attend_by_config
 from .cache import LayerCache, check_cache
 from .configuration import AttnResConfig
 from .dispatch import hidden_across_devices, is_dispatched
+from .packing import find_packing
 from .runs import open_run
 from .self_speculation import DraftsItself
 from .tensor_parallel import SharesTokens, shards_of
@@ -151,12 +152,16 @@ class AttnResModel(AttnResPreTrainedModel, Backbone):
 
         Args:
             attention_mask: [B, past + T], 0 at padding; or a mask of the form that the attention implementation takes.
-            position_ids: [B, T]; the default counts on from the cache.
+            position_ids: [B, T]; the default counts on from the cache. Where they do not rise, another sequence begins
+                in the row, and no layer sees from one into the other; there is then no cache.
             past_key_values: a Hugging Face cache; the tokens follow those that it holds.
             output_attentions: also return attention weights; needs attn_implementation="eager".
             output_hidden_states: also return what each Transformer block reads from the residual connection, before
                 its norm, and last the output of the final norm.
-            kwargs: handed to the attention function.
+            kwargs: handed to the attention function; of them cu_seq_lens_q, int [N + 1], also says where the sequences
+                of a single row begin and end.
+
+        Raises UsageError for packed sequences that some layer or the cache could not keep apart.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise UsageError("give either input_ids or inputs_embeds, not both or none")
@@ -175,24 +180,38 @@ class AttnResModel(AttnResPreTrainedModel, Backbone):
         if recomputed:
             # computing a block again would add its keys and values a second time
             use_cache, past_key_values = False, None
-        elif use_cache is None:
-            use_cache = self.config.use_cache and "full_attention" in self.config.layer_types
+        padding: Any = attention_mask
+        if isinstance(attention_mask, dict):  # what generate makes for a static cache: a mask for each kind of layer
+            padding, attention_mask = attention_mask.get("linear_attention"), attention_mask.get("full_attention")
+        is_padding = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
+        has_own_masks = attention_mask is not None and not is_padding
+        packing = find_packing(
+            self.config,
+            (inputs_embeds.shape[0], inputs_embeds.shape[1]),
+            position_ids,
+            kwargs.get("cu_seq_lens_q"),
+            padding,
+            with_cache=bool(use_cache) or past_key_values is not None,
+            has_own_masks=has_own_masks,
+        )
+        if use_cache is None:
+            use_cache = packing is None and self.config.use_cache and "full_attention" in self.config.layer_types
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
             check_cache(past_key_values, self.config)
-        if position_ids is None:
+        if packing is not None:
+            attention_mask = attention_mask if has_own_masks else None
+            position_ids = packing.positions if position_ids is None else position_ids
+        elif position_ids is None:
             past = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past)[None]
-        padding: Any = attention_mask
-        if isinstance(attention_mask, dict):  # what generate makes for a static cache: a mask for each kind of layer
-            padding, attention_mask = attention_mask.get("linear_attention"), attention_mask.get("full_attention")
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
-            position_ids=position_ids,
+            position_ids=None if packing is None else packing.positions,
         )
         if output_attentions is None:
             output_attentions = self.config.output_attentions
@@ -205,7 +224,10 @@ class AttnResModel(AttnResPreTrainedModel, Backbone):
             reads.append(self.residual.read(state, layer)[0])
 
         attend = partial(
-            attend_by_config, weights=attentions if output_attentions else None, position_ids=position_ids, **kwargs
+            attend_by_config,
+            weights=attentions if output_attentions else None,
+            position_ids=position_ids if packing is None else packing.positions,
+            **kwargs,
         )
         assert self.config.head_dim is not None
         cos, sin = rotary_factors(position_ids, self.config.head_dim, self.config.rope_theta)
@@ -223,6 +245,7 @@ class AttnResModel(AttnResPreTrainedModel, Backbone):
             # of at most 256
             absorb=not is_dispatched(self) and self.config._attn_implementation in ("sdpa", "eager"),
             present=_present(padding, inputs_embeds),
+            cu_seqlens=None if packing is None else packing.cu_seqlens,
         )
         hidden = run(self, inputs_embeds, context, observe if output_hidden_states else None)
         if shards is not None:

@@ -79,8 +79,8 @@ class Context(NamedTuple):
     attention; cache: keys and values of earlier tokens, or None; attend: what computes
     attention, with the signature of `sdpa` (another one may want masks of another kind); absorb: whether `attend` takes
     the wide heads of latent attention's absorbed form; present: [B, T, 1], 0 at padding and else 1, for layers without
-    masks, or None for no padding; cu_seqlens: int [N + 1], where the N sequences of a single row begin and end,
-    for linear attention layers, or None.
+    masks, or None for no padding; cu_seqlens: int [N + 1], where N sequences that do not see each other begin and end
+    if all rows follow one another, for linear attention layers (masks say it to the others), or None.
     """
 
     cos: Tensor

@@ -88,13 +88,16 @@ class KimiDeltaAttention(nn.Module):
         """The layer's output [B, T, D] for its already normalised input [B, T, D].
 
         With context.cache it goes on from the state that the cache holds for this layer and leaves the new one there.
-        With context.cu_seqlens, int [N + 1], the row (B = 1) holds N sequences that do not see each other, and a state
-        has N rows. Raises UsageError if the cache's state is that of another layer.
+        With context.cu_seqlens, int [N + 1], the rows, one after the other, hold N sequences that do not see each
+        other, and a state has N rows. Raises UsageError if the cache's state is that of another layer.
         """
         cu_seqlens = getattr(context, "cu_seqlens", None)
         present = getattr(context, "present", None)
         if present is not None:
             x_BTD = x_BTD * present  # then padding in front leaves the state at zero
+        shape = x_BTD.shape
+        if cu_seqlens is not None:
+            x_BTD = x_BTD.flatten(0, 1).unsqueeze(0)
         earlier = None if context.cache is None else context.cache.linear_state(self.layer_idx)
         mixed_BT3N = torch.cat([self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)], -1)
         if earlier is not None:
@@ -119,7 +122,7 @@ class KimiDeltaAttention(nn.Module):
         if context.cache is not None:
             context.cache.set_linear_state(self.layer_idx, KDAState(conv, memory))
         gate_BTHE = self._heads(self.g_b_proj(self.g_a_proj(x_BTD))).sigmoid()
-        return self.o_proj((normed(o_BTHE, self.o_norm) * gate_BTHE).flatten(2))
+        return self.o_proj((normed(o_BTHE, self.o_norm) * gate_BTHE).flatten(2)).view(shape)
 
     def _convolved(
         self, mixed_BT3N: Tensor, earlier: KDAState | None, cu_seqlens: Tensor | None
