@@ -7,6 +7,7 @@ folder for a plain Llama would drop the depth attention and compute something el
 
 import functools
 import importlib
+import inspect
 import sys
 from typing import Any
 
@@ -35,6 +36,7 @@ from . import architectures
 from .architectures import TYPE_PREFIX
 from .checkpointing import non_reentrant
 from .convert_layer import DepthStream, attach, check_whole, once_a_class
+from .convert_packing import with_ends
 from .self_speculation import DraftsItself
 from .tensor_parallel import SharesTokens
 
@@ -132,10 +134,13 @@ def converted_model_class(original: Any) -> Any:
         original.__init__(self, config, *args, **kwargs)
         upgrade(self)
 
+    names = tuple(inspect.signature(original.forward).parameters)[1:]
+
     @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.base_model is self:
             check_whole(self, _entry_of(self))
+            args, kwargs = (), with_ends(self.config, {**dict(zip(names, args, strict=False)), **kwargs})
         outputs = original.forward(self, *args, **kwargs)
         return _read_streams(outputs, self.residual) if self.base_model is self else outputs
 

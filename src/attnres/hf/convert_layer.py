@@ -21,6 +21,7 @@ from ..model.token_shards import TokenShards
 from ..residual import Residual, State
 from .architectures import Architecture
 from .checkpointing import non_reentrant
+from .convert_packing import ENDS, in_pieces
 from .tensor_parallel import shards_of
 
 CHECKPOINTING = ("_gradient_checkpointing_func", "gradient_checkpointing")
@@ -138,12 +139,13 @@ class ConvertedLayer(nn.Module):
             if kwargs.pop(name, None) is not None:
                 raise UsageError(f"{name} must be None: this {entry.model_type!r} model has no layers that take it")
         residual = rows_on(residual, hidden_states.device)
+        ends = kwargs.pop(ENDS, None)
         state, shards = self._state(residual, hidden_states)
         if entry.is_parallel(self):
-            state = self._parallel(residual, state, shards, kwargs)
+            state = self._parallel(residual, state, shards, kwargs, ends)
         else:
             h, state = residual.read(state, attention)
-            state = residual.write(state, attention, self._attend(h, shards, kwargs))
+            state = residual.write(state, attention, self._attend(h, shards, kwargs, ends))
             h, state = residual.read(state, mlp)
             state = residual.write(state, mlp, self._feed_forward(h, shards))
         if mlp + 1 < count:
@@ -152,13 +154,18 @@ class ConvertedLayer(nn.Module):
         return h if shards is None else shards.gather(h)
 
     def _parallel(
-        self, residual: Residual, state: State, shards: TokenShards | None, arguments: dict[str, Any]
+        self,
+        residual: Residual,
+        state: State,
+        shards: TokenShards | None,
+        arguments: dict[str, Any],
+        ends: Tensor | None,
     ) -> State:
         """Both sublayers read the state before either has written, each with its own query."""
         attention, mlp = self.first, self.first + 1
         h_mlp = residual.read(state, mlp)[0]
         h, state = residual.read(state, attention)
-        state = residual.write(state, attention, self._attend(h, shards, arguments))
+        state = residual.write(state, attention, self._attend(h, shards, arguments, ends))
         if mlp in getattr(residual, "block_starts", ()):
             state = residual.read(state, mlp)[1]  # for the state alone: a block ends between the two outputs
         return residual.write(state, mlp, self._feed_forward(h_mlp, shards))
@@ -179,13 +186,16 @@ class ConvertedLayer(nn.Module):
         shards = shards_of(self.owner.model, hidden_states.shape[1])
         return residual.start(hidden_states if shards is None else shards.own(hidden_states)), shards
 
-    def _attend(self, h: Tensor, shards: TokenShards | None, arguments: dict[str, Any]) -> Tensor:
+    def _attend(self, h: Tensor, shards: TokenShards | None, arguments: dict[str, Any], ends: Tensor | None) -> Tensor:
         entry = self.architecture
-        if self.attention_takes is not None:
+        name = self.attention_name
+        if self.attention_takes is None:
+            ends = None  # a mask keeps sequences apart
+        else:
             cache = {"cache_params": arguments.get("past_key_values")}
             other = set(self.argument_names) - set(self.attention_takes)
             arguments = {name: value for name, value in arguments.items() if name not in other} | cache
-        return self._sublayer(h, shards, entry.attention_norm, self.attention_name, entry.after_attention, arguments)
+        return self._sublayer(h, shards, entry.attention_norm, name, entry.after_attention, arguments, ends)
 
     def _feed_forward(self, h: Tensor, shards: TokenShards | None) -> Tensor:
         entry = self.architecture
@@ -199,11 +209,13 @@ class ConvertedLayer(nn.Module):
         name: str,
         after: tuple[str, ...],
         arguments: dict[str, Any],
+        ends: Tensor | None = None,
     ) -> Tensor:
-        """What one sublayer adds to the stream that it reads as `h`."""
+        """What one sublayer adds to the stream that it reads as `h`; with `ends`, for each sequence on its own."""
         sublayer: nn.Module = getattr(self, name)
         x = h if norm is None else getattr(self, norm)(h)
-        output = sublayer(x if shards is None else shards.gather(x), **arguments)
+        x = x if shards is None else shards.gather(x)
+        output = sublayer(x, **arguments) if ends is None else in_pieces(sublayer, x, ends, arguments)
         if isinstance(output, tuple):
             output = output[0]
         if shards is not None:

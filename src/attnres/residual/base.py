@@ -59,7 +59,7 @@ class Residual(nn.Module, ABC):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "reset_parameters" in vars(cls):
-            cls.reset_parameters = _on_stacked_rows(cls.reset_parameters)  # type: ignore[method-assign]
+            cls.reset_parameters = _on_stacked_rows(cls.reset_parameters)  # type: ignore[method-assign, assignment]
 
     def __init__(self, dim: int, num_layers: int) -> None:
         super().__init__()
