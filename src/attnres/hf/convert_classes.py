@@ -37,6 +37,7 @@ from .architectures import TYPE_PREFIX
 from .checkpointing import non_reentrant
 from .convert_layer import DepthStream, attach, check_whole, once_a_class
 from .convert_packing import with_ends
+from .residual_place import check_verbs
 from .self_speculation import DraftsItself
 from .tensor_parallel import SharesTokens
 
@@ -139,6 +140,7 @@ def converted_model_class(original: Any) -> Any:
     @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.base_model is self:
+            check_verbs(self.residual)
             check_whole(self, _entry_of(self))
             args, kwargs = (), with_ends(self.config, {**dict(zip(names, args, strict=False)), **kwargs})
         outputs = original.forward(self, *args, **kwargs)

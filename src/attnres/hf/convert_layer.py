@@ -5,7 +5,6 @@ checkpointing. The first layer gets the embedding and starts the state, every la
 layer finishes it for the final norm.
 """
 
-import copy
 import functools
 import inspect
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from ..residual import Residual, State
 from .architectures import Architecture
 from .checkpointing import non_reentrant
 from .convert_packing import ENDS, in_pieces
+from .residual_place import rows_on
 from .tensor_parallel import shards_of
 
 CHECKPOINTING = ("_gradient_checkpointing_func", "gradient_checkpointing")
@@ -273,17 +273,3 @@ def check_whole(base: Any, entry: Architecture) -> None:
 def residual_of(module: Any) -> Residual:
     # looked up at each call: adapters put a trainable copy in the residual connection's place
     return module.owner.model.residual
-
-
-def rows_on(residual: Residual, device: torch.device) -> Residual:
-    """`residual` with its parameters on `device`: a device map may have put it elsewhere, or offloaded it."""
-    if all(parameter.device == device for parameter in residual.parameters()):
-        return residual
-    # accelerate brings offloaded weights back for a module's forward; a residual connection is called by its verbs
-    stored = getattr(getattr(residual, "_hf_hook", None), "weights_map", None)
-    moved = copy.copy(residual)
-    moved._parameters = {
-        name: (stored[name] if stored and p.is_meta else p).to(device)  # type: ignore[union-attr, misc]
-        for name, p in residual._parameters.items()
-    }
-    return moved

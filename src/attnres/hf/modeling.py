@@ -32,6 +32,7 @@ from .cache import LayerCache, check_cache
 from .configuration import AttnResConfig
 from .dispatch import hidden_across_devices, is_dispatched
 from .packing import find_packing
+from .residual_place import check_verbs, rows_on
 from .runs import open_run
 from .self_speculation import DraftsItself
 from .tensor_parallel import SharesTokens, shards_of
@@ -163,6 +164,7 @@ class AttnResModel(AttnResPreTrainedModel, Backbone):
 
         Raises UsageError for packed sequences that some layer or the cache could not keep apart.
         """
+        check_verbs(self.residual)
         if (input_ids is None) == (inputs_embeds is None):
             raise UsageError("give either input_ids or inputs_embeds, not both or none")
         if any(isinstance(layer, nn.Identity) for layer in self.layers):
@@ -221,7 +223,7 @@ class AttnResModel(AttnResPreTrainedModel, Backbone):
         reads: list[Tensor] = []
 
         def observe(state: State, layer: int) -> None:
-            reads.append(self.residual.read(state, layer)[0])
+            reads.append(rows_on(self.residual, inputs_embeds.device).read(state, layer)[0])
 
         attend = partial(
             attend_by_config,
