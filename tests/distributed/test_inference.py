@@ -34,6 +34,7 @@ MODELS = [
     {"residual": "full_attnres", "residual_options": {"schedule": "two_phase"}},
     {"residual": "mhc"},
     HYBRID,
+    {**HYBRID, "num_shared_experts": 0},
 ]
 # prompts at once and in chunks, longer and shorter than the processes are many, then token after token
 PARTS = [[7, 1, 1], [8, 1], [3, 3, 3, 1], [1] * 5, [2, 9, 1]]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import (
     BertConfig,
@@ -19,9 +20,13 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from attnres import hf
 from attnres.errors import UsageError
+from attnres.hf import architectures
+from attnres.hf.architectures import Architecture
+from attnres.hf.convert_folder import convert_folder
+from attnres.hf.evaluate import open_model
 from attnres.model import Decoder, DecoderConfig
 
-from .converted import SHAPE, VOCAB, build, tokens
+from .converted import ALL, COMMON, SHAPE, VOCAB, build, tokens
 
 
 def bert():
@@ -166,9 +171,47 @@ def test_options(options, reason):
 def test_parallel_branches_cannot_run_two_phase():
     with pytest.raises(UsageError, match="two_phase"):
         hf.convert(build("gpt_neox_parallel"), schedule="two_phase")
-    model = hf.convert(build("gpt_neox_parallel"))
+    model = hf.convert(build("gpt_neox_parallel"), num_blocks=2)
     assert model.gpt_neox.residual.schedule == "layerwise"
+    model.gpt_neox.residual.schedule = "two_phase"
+    with torch.no_grad(), pytest.raises(UsageError, match="may not"):
+        model(tokens())
     hf.convert(build("gpt_neox"), schedule="two_phase")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "entry", "reason"),
+    [
+        ("Doge", {}, {}, "input_residual, post_attention_residual of its own"),
+        ("MiniMax", {"num_local_experts": 2, "block_size": 4}, {}, "computes another sum"),
+        ("Helium", {}, {"parallel": True}, "computes another sum"),
+        ("Helium", {}, {"attention_norm": "post_attention_layernorm", "mlp_norm": "input_layernorm"}, "another sum"),
+        ("Helium", {}, {"multiplier": "hidden_size"}, "another sum"),
+    ],
+)
+def test_entries_that_do_not_describe_the_layer(monkeypatch, name, changes, entry, reason):
+    sizes = {**COMMON, "head_dim": 8, "bos_token_id": 1, "eos_token_id": 2, **changes}
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    monkeypatch.setattr(architectures, "ARCHITECTURES", dict(architectures.ARCHITECTURES))
+    architectures.register(Architecture(config.model_type, f"{name}DecoderLayer", **entry))
+    with pytest.raises(UsageError, match=reason) as caught:
+        hf.convert(model)
+    assert "\n" not in str(caught.value) and type(model).__name__ == f"{name}ForCausalLM"
+
+
+def test_attention_over_depth_that_transformers_would_leave_out(tmp_path):
+    name = "kimi_linear" if "kimi_linear" in ALL else "llama"
+    model = build(name, torch.float32, attn_res_block_size=2)
+    said = r"attn_res_block_size=2, so the model was trained with attention over depth"
+    with pytest.raises(UsageError, match=said):
+        hf.convert(model)
+    model.save_pretrained(tmp_path / "model")
+    for call in (open_model, hf.load, lambda folder: convert_folder(folder, tmp_path / "out")):
+        with pytest.raises(UsageError, match=said):
+            call(tmp_path / "model")
+    assert not (tmp_path / "out").exists()
+    hf.convert(build(name, attn_res_block_size=None))
 
 
 def test_layers_out_of_turn():

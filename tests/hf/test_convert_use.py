@@ -1,23 +1,29 @@
 """What people do with a converted model, on a few architectures."""
 
 import copy
+import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     LlamaForSequenceClassification,
     LlamaModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
 )
 
 from attnres import hf
 from attnres.errors import UsageError
-from attnres.hf import architectures
+from attnres.hf import architectures, convert_classes
 from attnres.hf.architectures import Architecture
 
-from .converted import build, move_queries, padded, randomise, tokens
+from .converted import PAD, SHAPE, build, move_queries, padded, randomise, tokens
 
 
 @torch.no_grad()
@@ -52,6 +58,19 @@ def test_the_two_phase_schedule_is_the_same_function(name, residual):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("residual", ["block_attnres", "full_attnres"])
+@pytest.mark.parametrize("name", ["llama", "gpt_neox_parallel", "cohere", "phi"])
+def test_the_automatic_schedule_is_the_same_function(name, residual, tmp_path):
+    original = build(name)
+    model = hf.convert(copy.deepcopy(original), residual, schedule="auto")
+    assert torch.allclose(model(tokens()).logits, original(tokens()).logits, rtol=0, atol=1e-9)
+    moved = move_queries(hf.convert(original, residual))(tokens()).logits
+    assert torch.allclose(move_queries(model)(tokens()).logits, moved, rtol=0, atol=1e-9)
+    model.save_pretrained(tmp_path)
+    assert torch.allclose(hf.load(tmp_path)(tokens()).logits, moved, rtol=0, atol=1e-9)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(
     "switches", [{"query": "input"}, {"mixing": "sigmoid"}, {"mixing": "static"}, {"null_source": True}, {"heads": 2}]
 )
@@ -68,6 +87,68 @@ def test_a_copy_stands_on_its_own():
     other = move_queries(copy.deepcopy(model))
     assert torch.equal(model(tokens()).logits, before)
     assert not torch.allclose(other(tokens()).logits, before)
+
+
+FRESH = """
+import pickle, sys, torch
+model = pickle.load(open(sys.argv[1] + "/model.pickle", "rb"))
+ids, expected = torch.load(sys.argv[1] + "/expected.pt")
+with torch.no_grad():
+    assert torch.allclose(model(ids).logits, expected, atol=1e-5), type(model)
+"""
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "qwen3_next"])
+def test_pickled_for_a_process_that_knows_nothing_of_it(name, tmp_path):
+    model = move_queries(hf.convert(build(name, torch.float32)))
+    (tmp_path / "model.pickle").write_bytes(pickle.dumps(model))
+    torch.save((tokens(), model(tokens()).logits), tmp_path / "expected.pt")
+    subprocess.run([sys.executable, "-c", FRESH, str(tmp_path)], check=True)
+    with pytest.raises(AttributeError, match="AttnResNothing"):
+        convert_classes.AttnResNothing  # noqa: B018
+
+
+@torch.no_grad()
+def test_a_layer_that_is_copied_alone_stays_with_its_model():
+    model = hf.convert(build("llama"))
+    layer = copy.deepcopy(model.model.layers[2])
+    assert layer.owner.model is model.model
+    other = copy.deepcopy(model)
+    assert all(layer.owner.model is other.model for layer in other.model.layers)
+    expected = move_queries(model)(tokens()).logits
+    model.model.layers[2] = layer
+    assert torch.equal(model(tokens()).logits, expected)
+
+
+@torch.no_grad()
+def test_layers_that_are_taken_out_are_noticed():
+    model = hf.convert(build("llama", num_hidden_layers=4))
+    model.model.layers[1], model.model.layers[2] = model.model.layers[2], model.model.layers[1]
+    with pytest.raises(UsageError, match="removed nor reordered"):
+        model(tokens())
+    for i in (1, 2):
+        model = hf.convert(build("llama"))
+        del model.model.layers[i]
+        with pytest.raises(UsageError, match="2 decoder layers and a residual connection for 3"):
+            model(tokens())
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*deprecated:FutureWarning")
+@pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
+def test_peft_finds_the_model_of_an_adapter(task, tmp_path):
+    peft = pytest.importorskip("peft")
+    move_queries(hf.convert(build("llama", torch.float32))).save_pretrained(tmp_path / "model")
+    options = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["residual"], task_type=task)
+    adapted = peft.get_peft_model(hf.load(tmp_path / "model"), options).eval()
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    adapted.save_pretrained(tmp_path / "adapter")
+    allowed = {} if task else {"import_allowlist": ["attnres"]}
+    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", **allowed)
+    assert torch.allclose(loaded(tokens()).logits, adapted(tokens()).logits, atol=1e-6)
 
 
 def test_the_config_becomes_its_own():
@@ -119,6 +200,34 @@ def test_models_without_a_head_and_with_another(tmp_path):
             assert torch.equal(loaded(ids, attention_mask=mask)[0], model(ids, attention_mask=mask)[0])
 
 
+def test_the_inside_of_a_model_with_a_head_is_refused():
+    whole = build("llama")
+    with pytest.raises(UsageError, match=r"LlamaModel is part of a LlamaForCausalLM.*; convert the LlamaForCausalLM"):
+        hf.convert(whole.model)
+    assert type(whole.model) is LlamaModel and whole.config.model_type == "llama"
+    base = whole.model
+    whole.itself = [whole]  # a cycle, which only the garbage collector takes
+    del whole
+    hf.convert(base)
+
+
+@torch.no_grad()
+def test_the_language_model_of_a_model_for_images(tmp_path):
+    text = build("llama", torch.float32).config.to_dict()
+    vision = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 8, "patch_size": 4, "projection_dim": 16}
+    whole = LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision)).eval()
+    expected = whole(tokens()).logits
+    inner = hf.convert(whole.model.language_model, "full_attnres")
+    assert torch.allclose(whole(tokens()).logits, expected, atol=1e-5)
+    move_queries(inner)
+    expected = whole(tokens()).logits
+    whole.save_pretrained(tmp_path)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert type(loaded.model.language_model) is type(inner)
+    assert torch.equal(loaded(tokens()).logits, expected)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("place", ["cpu", "disk"])
 def test_offloaded_to_disk(place, tmp_path):
@@ -148,6 +257,53 @@ def test_parameters_that_a_folder_lacks_start_as_those_of_a_conversion(tmp_path)
     model.save_pretrained(tmp_path, state_dict=old)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert not loaded.model.residual.pseudo_query.any() and (loaded.model.residual.key_norm == 1).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama", {"num_blocks": 2}),
+        ("qwen3_moe", {"residual": "full_attnres", "schedule": "two_phase"}),
+        ("gpt2", {}),
+        ("gpt_neox_parallel", {"num_blocks": 2}),
+        ("native", {}),
+    ],
+)
+def test_generation_with_drafts_of_the_models_own_first_layers(name, options):
+    if name == "native":
+        model = hf.AttnResForCausalLM(hf.AttnResConfig(**SHAPE)).eval()
+    else:
+        model = hf.convert(build(name, torch.float32), **options)
+    move_queries(randomise(model))
+    greedy = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": PAD, "eos_token_id": None}
+    expected, runs = model.generate(tokens(1), **greedy), []
+    last = list(model.base_model.sublayers())[-1]
+    last.register_forward_pre_hook(lambda *_: runs.append(1))
+    for layers in (1, 2):
+        runs.clear()
+        assert torch.equal(model.generate(tokens(1), assistant_early_exit=layers, **greedy), expected)
+        assert model.config.num_hidden_layers == 3 and 0 < len(runs) <= 6
+
+    def fail_in_drafts(*_):
+        if model.config.num_hidden_layers == 2:
+            raise MemoryError
+
+    model.base_model.sublayers()[0].register_forward_pre_hook(fail_in_drafts)
+    with pytest.raises(MemoryError):
+        model.generate(tokens(1), assistant_early_exit=2, **greedy)
+    assert model.config.num_hidden_layers == 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_draft_is_the_first_layers_read_by_the_head(name):
+    original = build(name)
+    model = hf.convert(copy.deepcopy(original), num_blocks=2)
+    shorter = build(name, num_hidden_layers=2)
+    shorter.load_state_dict(original.state_dict(), strict=False)
+    model.config.num_hidden_layers = 2
+    assert torch.allclose(model(tokens(), use_cache=False).logits, shorter(tokens()).logits, rtol=0, atol=1e-9)
 
 
 def test_compiles_into_one_graph():

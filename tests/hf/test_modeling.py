@@ -1,10 +1,12 @@
 """The native model among Hugging Face's: what it computes, saves, generates and trains like."""
 
+import copy
 import importlib
 import json
 import re
 import shutil
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -19,9 +21,11 @@ pytest.importorskip("transformers")
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, StaticCache
 
 import attnres.hf
-from attnres.hf import AttnResConfig, AttnResForCausalLM, AttnResModel
+from attnres.hf import AttnResConfig, AttnResForCausalLM, AttnResModel, attention
 from attnres.hf.evaluate import open_model
 from attnres.hf.runs import is_run, open_run
+
+from .converted import build
 
 SHAPE = dict(
     vocab_size=61,
@@ -258,19 +262,48 @@ def test_layers_may_be_offloaded_to_disk(tmp_path):
 
     places["model.residual"] = "disk"
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map=places, **options)
-    with pytest.raises(UsageError, match="keep the residual connection with the embedding"):
-        logits(loaded)
+    assert loaded.model.residual.pseudo_query.is_meta
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-4)
 
 
-def test_eager_attention_equals_sdpa_and_returns_weights():
+@pytest.mark.parametrize("residual", ["full_attnres", "denseformer"])
+def test_accelerates_offloading(residual, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model = make(residual)
+    expected = model(IDS, output_hidden_states=True)
+    for offloaded in (
+        accelerate.cpu_offload(copy.deepcopy(model), "cpu"),
+        accelerate.disk_offload(copy.deepcopy(model), tmp_path, "cpu"),
+    ):
+        assert all(p.is_meta for p in offloaded.model.residual.parameters())
+        with torch.no_grad():
+            found = offloaded(IDS, output_hidden_states=True)
+        for a, b in zip((found.logits, *found.hidden_states), (expected.logits, *expected.hidden_states), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["native", "converted"])
+def test_parameters_of_the_residual_connection_have_no_low_rank_form(kind):
+    peft = pytest.importorskip("peft")
+    model = make() if kind == "native" else attnres.hf.convert(build("llama", torch.float32))
+    options = peft.LoraConfig(target_modules=["q_proj"], target_parameters=["residual.pseudo_query"])
+    adapted = peft.get_peft_model(model, options)
+    with pytest.raises(UsageError, match=r"inside a ParamWrapper.*modules_to_save=\['residual'\]"):
+        adapted(input_ids=IDS)
+
+
+def test_eager_attention_equals_sdpa_and_returns_weights(monkeypatch):
     eager, sdpa = make(attn_implementation="eager").double(), make(attn_implementation="sdpa").double()
     outputs = eager(IDS, output_attentions=True)
     torch.testing.assert_close(outputs.logits.detach(), logits(sdpa))
     assert [tuple(weights.shape) for weights in outputs.attentions] == [(2, 4, 9, 9)] * 2
     torch.testing.assert_close(outputs.attentions[0].sum(-1), torch.ones(2, 4, 9, dtype=torch.float64))
     assert not outputs.attentions[0].triu(1).any()
-    with pytest.raises(UsageError, match="attn_implementation='eager'"):
-        sdpa(IDS, output_attentions=True)
+    said = mock.Mock()
+    monkeypatch.setattr(attention.logger, "warning_once", said)
+    without = sdpa(IDS, output_attentions=True)  # as transformers' own models
+    assert torch.equal(without.logits, sdpa(IDS).logits) and without.attentions == ()
+    assert "attn_implementation='eager'" in said.call_args.args[0]
 
 
 def test_hidden_states_are_what_each_block_reads():

@@ -111,6 +111,11 @@ def test_norm_handed_to_read_is_applied(name, options):
     norms[2].register_forward_hook(lambda module, args, out: seen.append(out))
     run(res, embedding, layers, norms)
     assert len(seen) == 1, "a norm that someone watches is called, not folded"
+    norms[3].register_full_backward_pre_hook(lambda module, gradient: seen.append(gradient))
+    norms[4].register_full_backward_hook(lambda module, gradient, output: seen.append(gradient))
+    norms[5].forward = lambda h: seen.append(h) or h
+    run(res, embedding.requires_grad_(), layers, norms)[-1].sum().backward()
+    assert len(seen) == 5
 
 
 @pytest.mark.parametrize("schedule", ["layerwise", "two_phase"])

@@ -32,6 +32,7 @@ VARIANTS = [
     ("full_attnres", {"schedule": "two_phase"}),
     ("block_attnres", {"num_blocks": 2, "schedule": "two_phase"}),
 ]
+TWO_PHASE = [("full_attnres", {"schedule": "two_phase"}), ("block_attnres", {"num_blocks": 2, "schedule": "two_phase"})]
 AS_PRENORM = {"full_attnres", "block_attnres", "laurel", "hyper_connections", "denseformer", "muddformer"}
 """Mechanisms that are the plain sum at the start, around equal layers."""
 
@@ -103,6 +104,60 @@ def test_states_are_values_and_lean_ones_hold_the_same(name, options):
     torch.testing.assert_close(res.finish(state), want[-1], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(("name", "options"), [*VARIANTS, *TWO_PHASE], ids=lambda v: v if isinstance(v, str) else "")
+def test_no_output_is_lost_where_a_layer_writes_before_it_reads(name, options, grad, lean):
+    """Two writes in a row are refused, or are what they would be with a read between them."""
+    res, layers = randomised(residual.build(name, DIM, 6, **options)), layers_of(6)
+    res.lean = lean
+    states = [res.start(torch.randn(3, DIM, dtype=torch.float64))]
+    with torch.set_grad_enabled(grad):
+        for i, layer in enumerate(layers):
+            h, read = res.read(states[i], i)
+            states.append(res.write(read, i, layer(h)))
+        for i in range(4):
+            output = torch.randn(3, DIM, dtype=torch.float64)
+            want = res.read(res.write(res.read(states[i + 1], i + 1)[1], i + 1, output), i + 2)[0]
+            try:
+                written = res.write(states[i + 1], i + 1, output)
+                torch.testing.assert_close(res.read(written, i + 2)[0], want, rtol=1e-12, atol=1e-12)
+            except UsageError as error:
+                assert f"layer {i + 1} may not write now" in str(error) or f"layer {i + 2} may not read" in str(error)
+
+
+@pytest.mark.parametrize(("name", "options"), TWO_PHASE, ids=lambda v: v if isinstance(v, str) else "")
+def test_two_phase_reads_out_of_turn_are_refused(name, options):
+    """Phase 1's results are handed out in turn: a layer that comes too early would get those of the one before."""
+    res = residual.build(name, DIM, 6, **options)
+    with torch.no_grad():
+        first, state = res.read(res.start(torch.randn(3, DIM)), 0)
+        h, state = res.read(res.write(state, 0, first), 1)
+        with pytest.raises(UsageError, match="layer 2 may not read now"):
+            res.read(state, 2)
+        state = res.write(state, 1, h)
+        with pytest.raises(UsageError, match="layer 1 may not read now"):
+            res.read(state, 1)
+
+
+@pytest.mark.parametrize(("name", "options"), TWO_PHASE, ids=lambda v: v if isinstance(v, str) else "")
+def test_a_network_may_end_early(name, options):
+    """The output read after any layer, in the middle of a block too, as drafts of self-speculation have it."""
+    res, layers = randomised(residual.build(name, DIM, 6, **options)), layers_of(6)
+    layerwise = copy.deepcopy(res)
+    layerwise.schedule = "layerwise"
+    embedding = torch.randn(3, DIM, dtype=torch.float64)
+    ends = []
+    for mechanism in (res, layerwise):
+        state, found = mechanism.start(embedding), []
+        for i, layer in enumerate(layers):
+            found.append(mechanism.finish(state))
+            h, state = mechanism.read(state, i)
+            state = mechanism.write(state, i, layer(h))
+        ends.append(found)
+    torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-12)
+
+
 @every
 def test_stages_share_out_the_parameters_and_make_the_whole(name, options):
     whole, layers = randomised(residual.build(name, DIM, 6, **options)), layers_of(6)
@@ -118,6 +173,23 @@ def test_stages_share_out_the_parameters_and_make_the_whole(name, options):
             state = stage.write(state, i, layers[i](h))
     assert held == sum(p.numel() for p in whole.parameters())
     torch.testing.assert_close(stage.finish(state), run(whole, embedding, layers)[-1], rtol=1e-12, atol=1e-12)
+
+
+@every
+def test_a_stage_resets_its_own_layers(name, options):
+    res = residual.build(name, DIM, 6, **options).double()
+    res.reset_parameters()
+    fresh = {key: value.clone() for key, value in res.named_parameters()}
+    randomised(res).keep_layers(2, 5)
+    keys = list(res.state_dict())
+    res.reset_parameters()
+    assert list(res.state_dict()) == keys and all(p.requires_grad for p in res.parameters())
+    for key, value in res.named_parameters():
+        parent, _, layer = key.rpartition(".")
+        want = fresh[key] if key in fresh else fresh[parent][int(layer)]
+        if not (name == "gated_residual" or key.startswith("down")):  # drawn at random
+            assert torch.equal(value, want.to(value)), key
+        assert value.isfinite().all() and value.abs().max() <= 8.0
 
 
 @every

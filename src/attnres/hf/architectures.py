@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import UsageError
+from .layer_sum import check_sum
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,24 @@ def register(entry: Architecture) -> None:
     ARCHITECTURES[entry.model_type] = entry
 
 
+def check_config(config: Any) -> None:
+    """Raises UsageError for the config of a model that was trained with attention over depth of which the class that
+    transformers has for it knows nothing: it would compute plain residual sums without a word."""
+    text = config.get_text_config()
+    for name, value in vars(text).items():
+        if name.startswith("attn_res_") and value and not hasattr(type(text), name):
+            raise UsageError(
+                f"the config has {name}={value!r}, so the model was trained with attention over depth, and "
+                f"transformers' {text.model_type!r} has none; take a version of transformers or code that computes it"
+            )
+
+
 def find(base: Any) -> Architecture:
     """The entry of a transformers base model (the one without a head), checked against the modules that it has.
 
     Raises UsageError with the reason if the model cannot be converted exactly.
     """
+    check_config(base.config)
     model_type = base.config.model_type.removeprefix(TYPE_PREFIX)
     if getattr(base.config, "is_encoder_decoder", False):
         raise UsageError(f"architecture {model_type!r} is an encoder-decoder; only decoders can be converted")
@@ -119,6 +133,7 @@ def _check_layers(entry: Architecture, layers: list[nn.Module], expected: int) -
             raise UsageError(f"{place} has {', '.join(extra)}, which an exact conversion does not know how to treat")
         if missing := sorted(entry.submodules(layer) - children):
             raise UsageError(f"{place} lacks {', '.join(missing)}, which an exact conversion needs to find")
+        check_sum(layer, entry, place)
 
 
 _GEMMA2 = Architecture(

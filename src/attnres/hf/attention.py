@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
 
-from ..errors import UsageError
+logger = logging.get_logger(__name__)
 
 
 def attend_by_config(
@@ -35,8 +36,9 @@ def attend_by_config(
     )
     if weights is not None:
         if probabilities is None:
-            raise UsageError(f"output_attentions needs attn_implementation='eager'; it is {name!r}")
-        weights.append(probabilities)
+            logger.warning_once(f"output_attentions needs attn_implementation='eager'; {name!r} gives no weights")
+        else:
+            weights.append(probabilities)
     # inference engines answer with all heads of a token in one row
     return output.reshape(*q_BHTE.transpose(1, 2).shape[:3], -1)[..., :width]
 

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from ..errors import Failure, UsageError
 from . import architectures
 from .architectures import TYPE_PREFIX
+from .checkpointing import check_checkpointing
 from .convert_classes import (
     build_residual,
     converted_config_class,
@@ -27,6 +28,7 @@ from .convert_classes import (
     register_models,
     upgrade,
 )
+from .convert_part import places_in_outer_configs
 
 
 def convert(
@@ -40,7 +42,9 @@ def convert(
     """Replaces the residual sums of a transformers model by Attention Residuals, in place; the function stays the same.
 
     Args:
-        model: a PreTrainedModel of an architecture in `attnres.hf.architectures`, with or without a head.
+        model: a PreTrainedModel of an architecture in `attnres.hf.architectures`, with or without a head; also the
+            language model inside one for images and text, whose config then says so. Of a model with a head give the
+            whole.
         residual: "block_attnres" or "full_attnres".
         num_blocks, block_size: for block_attnres, one of the two; the default is 8 blocks, or fewer in a shallow
             model. Sizes count layers, where each decoder layer has two, its attention and its MLP.
@@ -56,12 +60,16 @@ def convert(
     _check_model(model)
     base = model.base_model
     entry = architectures.find(base)
+    check_checkpointing(getattr(base, entry.layers))
+    places = places_in_outer_configs(model)
     sizes = {"num_blocks": num_blocks, "block_size": block_size}
     options.update({name: size for name, size in sizes.items() if size is not None})
     mechanism = build_residual(base, entry, residual, options)
     if hasattr(mechanism, "num_blocks") and block_size is None:
         options["num_blocks"] = mechanism.num_blocks
     _give_own_config(model, residual, options)
+    for place in places:
+        setattr(place.config, place.name, model.config)
     upgrade(model)
     embedding = model.get_input_embeddings().weight
     base.residual.to(device=embedding.device, dtype=embedding.dtype).train(model.training)
@@ -111,9 +119,11 @@ def read_config(folder: str | Path) -> Any:
         raise UsageError(f"{folder} has no config.json; give the folder of a transformers model")
     register_architectures()
     try:
-        return AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{folder} has no config that can be read: {first_line(error)}") from error
+    architectures.check_config(config)
+    return config
 
 
 def first_line(error: Exception) -> str:

@@ -7,6 +7,7 @@ folder for a plain Llama would drop the depth attention and compute something el
 
 import functools
 import importlib
+import inspect
 import sys
 from typing import Any
 
@@ -33,7 +34,11 @@ from ..errors import UsageError
 from ..residual import Residual
 from . import architectures
 from .architectures import TYPE_PREFIX
-from .convert_layer import DepthStream, attach, once_a_class
+from .checkpointing import non_reentrant
+from .convert_layer import DepthStream, attach, check_whole, once_a_class
+from .convert_packing import with_ends
+from .residual_place import check_verbs
+from .self_speculation import DraftsItself
 from .tensor_parallel import SharesTokens
 
 CLASS_PREFIX = "AttnRes"
@@ -50,6 +55,16 @@ _AUTO_CLASSES = (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
+
+
+def __getattr__(name: str) -> Any:
+    """The converted class of that name: pickle and peft look for it here, in processes that have not made it yet."""
+    original = getattr(transformers, name.removeprefix(CLASS_PREFIX), None) if name.startswith(CLASS_PREFIX) else None
+    if isinstance(original, type) and issubclass(original, PreTrainedConfig):
+        return converted_config_class(original)
+    if isinstance(original, type) and issubclass(original, PreTrainedModel):
+        return converted_model_class(original)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def is_converted(model: Any) -> bool:
@@ -72,10 +87,12 @@ def build_residual(base: Any, entry: architectures.Architecture, name: str, opti
         raise UsageError("window must stay None in a conversion: the model used to read all its layers' outputs")
     options = {**options, "stream_scale": True}
     layers = getattr(base, entry.layers)
-    # parallel branches read twice before they write; the two-phase schedule takes reads and writes in turn
-    parallel = any(entry.is_parallel(layer) for layer in layers)
-    if parallel and options.setdefault("schedule", "layerwise") == "two_phase":
-        raise UsageError("schedule must not be 'two_phase' for a model whose attention and MLP run in parallel")
+    if any(entry.is_parallel(layer) for layer in layers):
+        # parallel branches read twice before they write; the two-phase schedule takes reads and writes in turn
+        if options.get("schedule") == "two_phase":
+            raise UsageError("schedule must not be 'two_phase' for a model whose attention and MLP run in parallel")
+        if options.get("schedule") in (None, "auto"):
+            options["schedule"] = "layerwise"
     return residuals.build(name, base.config.hidden_size, 2 * len(layers), **options)
 
 
@@ -118,8 +135,14 @@ def converted_model_class(original: Any) -> Any:
         original.__init__(self, config, *args, **kwargs)
         upgrade(self)
 
+    names = tuple(inspect.signature(original.forward).parameters)[1:]
+
     @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.base_model is self:
+            check_verbs(self.residual)
+            check_whole(self, _entry_of(self))
+            args, kwargs = (), with_ends(self.config, {**dict(zip(names, args, strict=False)), **kwargs})
         outputs = original.forward(self, *args, **kwargs)
         return _read_streams(outputs, self.residual) if self.base_model is self else outputs
 
@@ -132,20 +155,14 @@ def converted_model_class(original: Any) -> Any:
     @functools.wraps(original._set_gradient_checkpointing)
     def _set_gradient_checkpointing(self: Any, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         function = args[0] if args else kwargs.get("gradient_checkpointing_func")
-        if enable and getattr(function, "keywords", {}).get("use_reentrant") is not False:
-            raise UsageError(
-                "converted models checkpoint with gradient_checkpointing_kwargs={'use_reentrant': False} only; "
-                "the reentrant form loses the gradients of what layers hand on"
-            )
+        if enable and function is not None:
+            non_reentrant(function)  # refused before the first layer has changed
         original._set_gradient_checkpointing(self, enable, *args, **kwargs)
-        for module in self.modules():
-            if isinstance(module, Residual):
-                module.lean = enable
 
     def sublayers(self: Any) -> list[nn.Module]:
-        entry = architectures.ARCHITECTURES[self.config.model_type.removeprefix(TYPE_PREFIX)]
+        entry = _entry_of(self)
         layers = getattr(self, entry.layers)
-        return [getattr(layer, name) for layer in layers for name in (entry.attention, entry.mlp)]
+        return [getattr(layer, name) for layer in layers for name in (entry.attention_of(layer), entry.mlp)]
 
     body = {
         "__module__": __name__,
@@ -159,11 +176,17 @@ def converted_model_class(original: Any) -> Any:
         "original": original,
     }
     _share_checkpoint_layout(original.__name__, CLASS_PREFIX + original.__name__)
-    converted = type(CLASS_PREFIX + original.__name__, (SharesTokens, original), body)
+    generates = (DraftsItself,) if hasattr(original, "generate") else ()
+    converted = type(CLASS_PREFIX + original.__name__, (*generates, SharesTokens, original), body)
+    globals()[converted.__name__] = converted
     add_to_transformers(converted)
     # transformers enters a class when it is instantiated; a model converted in place never is
     dict.__setitem__(output_capturing._CAN_RECORD_REGISTRY, str(converted), original._can_record_outputs)
     return converted
+
+
+def _entry_of(base: Any) -> architectures.Architecture:
+    return architectures.ARCHITECTURES[base.config.model_type.removeprefix(TYPE_PREFIX)]
 
 
 def add_to_transformers(model_class: type) -> None:

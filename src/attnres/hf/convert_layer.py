@@ -5,14 +5,13 @@ checkpointing. The first layer gets the embedding and starts the state, every la
 layer finishes it for the final norm.
 """
 
-import copy
 import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -20,7 +19,13 @@ from ..errors import UsageError
 from ..model.token_shards import TokenShards
 from ..residual import Residual, State
 from .architectures import Architecture
+from .checkpointing import non_reentrant
+from .convert_packing import ENDS, in_pieces
+from .residual_place import rows_on
 from .tensor_parallel import shards_of
+
+CHECKPOINTING = ("_gradient_checkpointing_func", "gradient_checkpointing")
+"""What transformers writes into a decoder layer to have it checkpoint."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -68,71 +73,129 @@ pytree.register_pytree_node(
 )
 
 
+@dataclass(frozen=True)
+class Owner:
+    """A layer's way to the base model that it is part of, which as a plain attribute would become its submodule."""
+
+    model: Any
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Owner":
+        # a copied model has copied layers; a layer that is copied alone stays with its model
+        return Owner(memo.get(id(self.model), self.model))
+
+
 class ConvertedLayer(nn.Module):
     """Comes before the original class in a converted decoder layer's bases and replaces its forward."""
 
+    original: type[nn.Module]
     architecture: Architecture
     argument_names: tuple[str, ...]
     """Of the original forward, after the hidden states."""
     first: int
     """This layer's attention among all layers of the residual connection; its MLP is the one after."""
-    last: bool
-    """Whether the final norm comes next."""
     attention_name: str
     """The submodule that is this layer's attention."""
     attention_takes: tuple[str, ...] | None
     """The arguments of the original forward that linear attention gets; None for all, as softmax attention does."""
+    owner: Owner
+    recomputed = False
+    checkpoint: Callable[..., Any] = staticmethod(torch.utils.checkpoint.checkpoint)
+
+    # what transformers sets, from this model or from one around it that knows nothing of conversions
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether the layer is computed again in the backward pass."""
+        return self.recomputed
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enabled: bool) -> None:
+        self.recomputed = enabled
+        layers = getattr(self.owner.model, self.architecture.layers)
+        lean = any(layer.gradient_checkpointing for layer in layers)
+        for module in self.owner.model.modules():
+            if isinstance(module, Residual):
+                module.lean = lean
+
+    @property
+    def _gradient_checkpointing_func(self) -> Callable[..., Any]:
+        return self.checkpoint
+
+    @_gradient_checkpointing_func.setter
+    def _gradient_checkpointing_func(self, function: Callable[..., Any]) -> None:
+        self.checkpoint = non_reentrant(function)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _new_layer, (type(self).original, self.architecture), self.__getstate__()
 
     def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> DepthStream | Tensor:
         entry, attention, mlp = self.architecture, self.first, self.first + 1
+        residual = residual_of(self)
+        # a config says less than there are while self-speculation drafts
+        count = min(2 * self.owner.model.config.num_hidden_layers, residual.num_layers)
+        if attention >= count:
+            return hidden_states  # not all of transformers' loops stop there
         kwargs.update(zip(self.argument_names, args, strict=False))
         for name in entry.refused_arguments:
             if kwargs.pop(name, None) is not None:
                 raise UsageError(f"{name} must be None: this {entry.model_type!r} model has no layers that take it")
-        residual = rows_on(residual_of(self), hidden_states.device)
+        residual = rows_on(residual, hidden_states.device)
+        ends = kwargs.pop(ENDS, None)
         state, shards = self._state(residual, hidden_states)
         if entry.is_parallel(self):
-            state = self._parallel(residual, state, shards, kwargs)
+            state = self._parallel(residual, state, shards, kwargs, ends)
         else:
             h, state = residual.read(state, attention)
-            state = residual.write(state, attention, self._attend(h, shards, kwargs))
+            state = residual.write(state, attention, self._attend(h, shards, kwargs, ends))
             h, state = residual.read(state, mlp)
             state = residual.write(state, mlp, self._feed_forward(h, shards))
-        if not self.last:
+        if mlp + 1 < count:
             return DepthStream(state, mlp + 1, shards)
         h = residual.finish(state)
         return h if shards is None else shards.gather(h)
 
     def _parallel(
-        self, residual: Residual, state: State, shards: TokenShards | None, arguments: dict[str, Any]
+        self,
+        residual: Residual,
+        state: State,
+        shards: TokenShards | None,
+        arguments: dict[str, Any],
+        ends: Tensor | None,
     ) -> State:
         """Both sublayers read the state before either has written, each with its own query."""
         attention, mlp = self.first, self.first + 1
         h_mlp = residual.read(state, mlp)[0]
         h, state = residual.read(state, attention)
-        state = residual.write(state, attention, self._attend(h, shards, arguments))
+        state = residual.write(state, attention, self._attend(h, shards, arguments, ends))
         if mlp in getattr(residual, "block_starts", ()):
             state = residual.read(state, mlp)[1]  # for the state alone: a block ends between the two outputs
         return residual.write(state, mlp, self._feed_forward(h_mlp, shards))
 
     def _state(self, residual: Residual, hidden_states: Any) -> tuple[State, TokenShards | None]:
         if isinstance(hidden_states, DepthStream):
+            if hidden_states.layer != self.first:
+                raise UsageError(
+                    f"decoder layer {self.first // 2} gets what is meant for layer {hidden_states.layer // 2}; the "
+                    f"layers of a converted model can neither be removed nor reordered: do that before the conversion"
+                )
             return hidden_states.state, hidden_states.shards
         if self.first:
             raise UsageError(
                 "only the first decoder layer takes hidden states; later ones take the output of the one before, also "
                 "from another stage of a pipeline"
             )
-        shards = shards_of(vars(self)["converted_model"], hidden_states.shape[1])
+        shards = shards_of(self.owner.model, hidden_states.shape[1])
         return residual.start(hidden_states if shards is None else shards.own(hidden_states)), shards
 
-    def _attend(self, h: Tensor, shards: TokenShards | None, arguments: dict[str, Any]) -> Tensor:
+    def _attend(self, h: Tensor, shards: TokenShards | None, arguments: dict[str, Any], ends: Tensor | None) -> Tensor:
         entry = self.architecture
-        if self.attention_takes is not None:
+        name = self.attention_name
+        if self.attention_takes is None:
+            ends = None  # a mask keeps sequences apart
+        else:
             cache = {"cache_params": arguments.get("past_key_values")}
             other = set(self.argument_names) - set(self.attention_takes)
             arguments = {name: value for name, value in arguments.items() if name not in other} | cache
-        return self._sublayer(h, shards, entry.attention_norm, self.attention_name, entry.after_attention, arguments)
+        return self._sublayer(h, shards, entry.attention_norm, name, entry.after_attention, arguments, ends)
 
     def _feed_forward(self, h: Tensor, shards: TokenShards | None) -> Tensor:
         entry = self.architecture
@@ -146,11 +209,13 @@ class ConvertedLayer(nn.Module):
         name: str,
         after: tuple[str, ...],
         arguments: dict[str, Any],
+        ends: Tensor | None = None,
     ) -> Tensor:
-        """What one sublayer adds to the stream that it reads as `h`."""
+        """What one sublayer adds to the stream that it reads as `h`; with `ends`, for each sequence on its own."""
         sublayer: nn.Module = getattr(self, name)
         x = h if norm is None else getattr(self, norm)(h)
-        output = sublayer(x if shards is None else shards.gather(x), **arguments)
+        x = x if shards is None else shards.gather(x)
+        output = sublayer(x, **arguments) if ends is None else in_pieces(sublayer, x, ends, arguments)
         if isinstance(output, tuple):
             output = output[0]
         if shards is not None:
@@ -167,8 +232,15 @@ class ConvertedLayer(nn.Module):
 def converted_layer_class(original: type[nn.Module], entry: Architecture) -> type[nn.Module]:
     """The converted form of a decoder layer class. It keeps the name, by which wrapping policies and device maps go."""
     names = tuple(inspect.signature(original.forward).parameters)[2:]
-    body = {"architecture": entry, "argument_names": names, "__module__": __name__, "__doc__": ConvertedLayer.__doc__}
+    body: dict[str, Any] = {"original": original, "architecture": entry, "argument_names": names}
+    body |= {"__module__": __name__, "__doc__": ConvertedLayer.__doc__}
     return type(original.__name__, (ConvertedLayer, original), body)
+
+
+def _new_layer(original: type[nn.Module], entry: Architecture) -> nn.Module:
+    """A layer for pickle to fill: its class is made when needed, so pickle cannot find it by its name."""
+    converted = converted_layer_class(original, entry)
+    return converted.__new__(converted)
 
 
 def attach(base: Any, residual: Residual, entry: Architecture) -> None:
@@ -177,28 +249,27 @@ def attach(base: Any, residual: Residual, entry: Architecture) -> None:
     layers = getattr(base, entry.layers)
     for i, layer in enumerate(layers):
         layer.__class__ = converted_layer_class(type(layer), entry)
-        layer.first, layer.last = 2 * i, i + 1 == len(layers)
+        layer.first = 2 * i
         layer.attention_name = entry.attention_of(layer)
         takes = tuple(inspect.signature(type(getattr(layer, layer.attention_name)).forward).parameters)
         layer.attention_takes = takes if "cache_params" in takes else None
-        # past nn.Module.__setattr__, or the base model would become a submodule of its own submodule
-        vars(layer)["converted_model"] = base
+        layer.owner = Owner(base)
+    for layer in layers:
+        settings = {name: vars(layer).pop(name) for name in CHECKPOINTING if name in vars(layer)}
+        for name, value in settings.items():
+            setattr(layer, name, value)
+
+
+def check_whole(base: Any, entry: Architecture) -> None:
+    """Raises UsageError if a converted base model has no longer the layers that its residual connection is made for."""
+    found, made_for = len(getattr(base, entry.layers)), base.residual.num_layers // 2
+    if found != made_for:
+        raise UsageError(
+            f"the model has {found} decoder layers and a residual connection for {made_for}; the layers of a converted "
+            f"model can neither be removed nor added: do that before the conversion"
+        )
 
 
 def residual_of(module: Any) -> Residual:
     # looked up at each call: adapters put a trainable copy in the residual connection's place
-    return module.converted_model.residual
-
-
-def rows_on(residual: Residual, device: torch.device) -> Residual:
-    """`residual` with its parameters on `device`: a device map may have put it elsewhere, or offloaded it."""
-    if all(parameter.device == device for parameter in residual.parameters()):
-        return residual
-    # accelerate brings offloaded weights back for a module's forward; a residual connection is called by its verbs
-    stored = getattr(getattr(residual, "_hf_hook", None), "weights_map", None)
-    moved = copy.copy(residual)
-    moved._parameters = {
-        name: (stored[name] if stored and p.is_meta else p).to(device)  # type: ignore[union-attr, misc]
-        for name, p in residual._parameters.items()
-    }
-    return moved
+    return module.owner.model.residual

@@ -2,17 +2,17 @@
 
 accelerate brings a module's weights and inputs together when the module is called. The loop here therefore calls each
 norm on its own, where the decoder's hands it to the residual connection, and brings what a layer adds back to the
-device of the stream. The residual connection's parameters are read without a call, so they must stay on that device.
+device of the stream. The residual connection's parameters are brought there too: it is used without a call.
 """
 
 from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from ..errors import UsageError
 from ..model.attention import Context
 from ..model.decoder import Backbone, stream_dtype
 from ..residual import State
+from .residual_place import rows_on
 
 
 def is_dispatched(model: Backbone) -> bool:
@@ -23,20 +23,16 @@ def is_dispatched(model: Backbone) -> bool:
 def hidden_across_devices(
     model: Backbone, embedding: Tensor, context: Context, observe: Callable[[State, int], None] | None = None
 ) -> Tensor:
-    """`Backbone.hidden` for a model that accelerate has dispatched, without gradient checkpointing.
-
-    Raises UsageError if the residual connection is not on one device with the embedding's output.
-    """
+    """`Backbone.hidden` for a model that accelerate has dispatched, without gradient checkpointing."""
     device = embedding.device
-    if any(p.device != device for p in model.residual.parameters()):
-        raise UsageError(f"the device_map must keep the residual connection with the embedding; put it on {device}")
-    state = model.residual.start(stream_dtype(embedding))
-    for i, layer in enumerate(model.layers):
+    residual = rows_on(model.residual, device)
+    state = residual.start(stream_dtype(embedding))
+    for i, layer in enumerate(model.layers[: model.depth]):  # type: ignore[arg-type]
         if observe is not None and i % 2 == 0:
             observe(state, i)
-        h, state = model.residual.read(state, i)
-        state = model.residual.write(state, i, layer(_apply(layer.norm, h), context).to(device))  # type: ignore[arg-type]
-    return _apply(model.norm, model.residual.finish(state))
+        h, state = residual.read(state, i)
+        state = residual.write(state, i, layer(_apply(layer.norm, h), context).to(device))  # type: ignore[arg-type]
+    return _apply(model.norm, residual.finish(state))
 
 
 def _apply(norm: nn.Module, h: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from .. import __version__
 from ..errors import Failure, UsageError
-from .architectures import TYPE_PREFIX
+from .architectures import TYPE_PREFIX, check_config
 from .configuration import AttnResConfig
 from .convert import first_line, load, load_weights
 from .modeling import AttnResForCausalLM
@@ -101,9 +101,11 @@ def open_model(name: str | Path, *, device: str | None = None, dtype: str = "aut
         name = root_of(name)
     else:
         try:
-            model_type = AutoConfig.from_pretrained(name).model_type
+            config = AutoConfig.from_pretrained(name)
         except (OSError, ValueError, RecursionError) as error:
             raise UsageError(f"{name} is no model: {first_line(error)}") from error
+        check_config(config)
+        model_type = config.model_type
         if model_type == AttnResConfig.model_type or model_type.startswith(TYPE_PREFIX):
             model = load(name, **options)
         else:

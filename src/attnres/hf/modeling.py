@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, initialization
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
@@ -31,7 +32,9 @@ from .cache import LayerCache, check_cache, check_generation, check_paged
 from .configuration import AttnResConfig
 from .dispatch import hidden_across_devices, is_dispatched
 from .packing import find_packing
+from .residual_place import check_verbs, rows_on
 from .runs import open_run
+from .self_speculation import DraftsItself
 from .tensor_parallel import SharesTokens, shards_of
 
 logger = logging.get_logger(__name__)
@@ -76,6 +79,15 @@ class AttnResPreTrainedModel(SharesTokens, PreTrainedModel):
                 initialization.zeros_(buffer)
         else:
             super()._init_weights(module)
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, every_n_layers: int = 1
+    ) -> None:
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func)
+        base: Any = self.base_model
+        base.checkpoint_every = every_n_layers
+        # a state is no tensor, in which the reentrant form would find no gradients
+        base.checkpoint = partial(gradient_checkpointing_func, use_reentrant=False)
 
     @classmethod
     def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh: Any) -> Any:
@@ -152,6 +164,7 @@ class AttnResModel(AttnResPreTrainedModel, Backbone):
 
         Raises UsageError for packed sequences that some layer or the cache could not keep apart.
         """
+        check_verbs(self.residual)
         if (input_ids is None) == (inputs_embeds is None):
             raise UsageError("give either input_ids or inputs_embeds, not both or none")
         if any(isinstance(layer, nn.Identity) for layer in self.layers):
@@ -210,7 +223,7 @@ class AttnResModel(AttnResPreTrainedModel, Backbone):
         reads: list[Tensor] = []
 
         def observe(state: State, layer: int) -> None:
-            reads.append(self.residual.read(state, layer)[0])
+            reads.append(rows_on(self.residual, inputs_embeds.device).read(state, layer)[0])
 
         attend = partial(
             attend_by_config,
@@ -254,7 +267,7 @@ def _present(attention_mask: Tensor | None, inputs_embeds: Tensor) -> Tensor | N
     return attention_mask[:, -inputs_embeds.shape[1] :, None].to(inputs_embeds.dtype)
 
 
-class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
+class AttnResForCausalLM(DraftsItself, AttnResPreTrainedModel, GenerationMixin):
     """Language model over AttnRes, as `AutoModelForCausalLM` loads it."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}

@@ -8,6 +8,7 @@ each layer's norm, so that a mechanism can fuse it, and runs the layer on what c
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,10 @@ class Backbone(nn.Module):
 
     config: DecoderConfig
     checkpointing = False
+    checkpoint_every = 1
+    """With checkpointing, how many blocks there are for each that is recomputed."""
+    checkpoint: Callable[..., Any] = staticmethod(partial(checkpoint, use_reentrant=False))
+    """torch's checkpoint, in the form that finds the gradients of a state."""
 
     def add_modules(self, config: DecoderConfig) -> None:
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -53,8 +58,13 @@ class Backbone(nn.Module):
         observe: called before every Transformer block with the state that it reads and its first layer's index.
         """
         state = self.residual.start(stream_dtype(embedding))
-        state = self.run_layers(state, 0, len(self.layers), context, observe)
+        state = self.run_layers(state, 0, self.depth, context, observe)
         return self.residual.finish(state, self.norm)
+
+    @property
+    def depth(self) -> int:
+        """How many layers run: all, or those that a config whose depth has been lowered has."""
+        return min(len(self.layers), self.config.num_layers)
 
     def run_layers(
         self, state: State, first: int, last: int, context: Context, observe: Callable[[State, int], None] | None = None
@@ -64,8 +74,9 @@ class Backbone(nn.Module):
             end = min(first + 2 - first % 2, last)
             if observe is not None:
                 observe(state, first)
-            if self.checkpointing and torch.is_grad_enabled():
-                state = checkpoint(self._run_layers, state, first, end, context, use_reentrant=False)
+            recomputed = self.checkpointing and first // 2 % self.checkpoint_every == 0
+            if recomputed and torch.is_grad_enabled():
+                state = self.checkpoint(self._run_layers, state, first, end, context)
             else:
                 state = self._run_layers(state, first, end, context)
             first = end

@@ -97,7 +97,7 @@ def hidden_over_processes(
         observe: called as by `Backbone.hidden`, with a state of this process's own tokens.
     """
     state = model.residual.start(stream_dtype(shards.own(embedding)))
-    for i, layer in enumerate(model.layers):
+    for i, layer in enumerate(model.layers[: model.depth]):  # type: ignore[arg-type]
         if observe is not None and i % 2 == 0:
             observe(state, i)
         x, state = model.residual.read(state, i, layer.norm)  # type: ignore[arg-type]

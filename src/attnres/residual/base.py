@@ -11,6 +11,8 @@ that is what lets checkpointing, torch.compile, CUDA graphs and pipeline stages 
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import wraps
 from typing import Any, TypeGuard, TypeVar
 
 import torch
@@ -58,6 +60,11 @@ class Residual(nn.Module, ABC):
     """Whether layers' matrices start with the deviation of Xavier, the root of 2 / (rows + columns), instead of the one
     that the network is configured with."""
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "reset_parameters" in vars(cls):
+            cls.reset_parameters = _on_stacked_rows(cls.reset_parameters)  # type: ignore[method-assign, assignment]
+
     def __init__(self, dim: int, num_layers: int) -> None:
         super().__init__()
         for name, value in (("dim", dim), ("num_layers", num_layers)):
@@ -77,7 +84,11 @@ class Residual(nn.Module, ABC):
 
     @abstractmethod
     def write(self, state: State, layer: int, output: Tensor) -> State:
-        """The state after layer `layer` added its output [..., D]."""
+        """The state after layer `layer` added its output [..., D].
+
+        Layers take turns, each writing into the state that its own read returned. A write that has to read first, so
+        that it would overwrite or misplace an output, raises UsageError.
+        """
 
     @abstractmethod
     def finish(self, state: State, norm: nn.Module | None = None) -> Tensor:
@@ -109,7 +120,7 @@ class Residual(nn.Module, ABC):
         self.first_layer = first
 
     def reset_parameters(self) -> None:
-        """Sets every parameter to its value at the start of training."""
+        """Sets every parameter to its value at the start of training; in a stage of a pipeline those of its layers."""
 
     def init_scale(self, role: str) -> float:
         """Factor on the standard deviation of a layer's initial matrices.
@@ -140,6 +151,28 @@ class Rows(nn.Module):
     def __getitem__(self, index: int | slice) -> Tensor:
         rows = list(self._parameters.values())
         return torch.stack(rows[index]) if isinstance(index, slice) else rows[index]  # type: ignore
+
+
+def _on_stacked_rows(reset: Callable[[Any], None]) -> Callable[[Any], None]:
+    """`reset` for parameters that may be `Rows`: it finds one tensor, and the rows get what it leaves there."""
+
+    @wraps(reset)
+    @torch.no_grad()
+    def reset_rows(self: Any) -> None:
+        modules = dict(self._modules)
+        rows = {name: module for name, module in modules.items() if isinstance(module, Rows)}
+        for name, module in rows.items():
+            del self._modules[name]
+            self.register_parameter(name, nn.Parameter(module[:], requires_grad=False))
+        try:
+            reset(self)
+        finally:
+            for name, module in rows.items():
+                for row, value in zip(module.parameters(), self._parameters.pop(name), strict=True):
+                    row.copy_(value)
+            self._modules = modules
+
+    return reset_rows
 
 
 def split_norm(norm: nn.Module | None, dim: int) -> tuple[Norm | None, nn.Module | None]:
@@ -176,3 +209,12 @@ def is_plain(module: nn.Module | None, kind: type[M]) -> TypeGuard[M]:
 def _hooked(module: nn.Module) -> bool:
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks)
+
+
+def check_turn(in_turn: bool, verb: str, layer: int) -> None:
+    """Raises UsageError if it is not the turn of `layer` to "read" or "write"."""
+    if not in_turn:
+        mend = f"go on with the state that read(state, {layer}) returns, and write into that"
+        if verb == "read":
+            mend = "read layers in their order, each after the one before has written"
+        raise UsageError(f"layer {layer} may not {verb} now: {mend}")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..errors import UsageError
 from .attention import DepthAttention
-from .base import normed, split_norm
+from .base import check_turn, normed, split_norm
 from .registry import register
 
 
@@ -118,6 +118,8 @@ class BlockAttnRes(DepthAttention):
         return x, BlockState(blocks, partial, None, (), (), state.folded)
 
     def write(self, state: BlockState, layer: int, output: Tensor) -> BlockState:
+        unread = state.partial is not None and self._starts_block(layer)  # the finished block is still a partial sum
+        check_turn(state.update is None and not unread, "write", layer)
         if state.outs:  # the next read adds it, in the same pass as the merge
             return state._replace(update=output)
         return state._replace(partial=_plus(state.partial, output))
@@ -160,8 +162,9 @@ class BlockAttnRes(DepthAttention):
 
     def _merge(self, state: BlockState, layer: int, norm: nn.Module | None) -> tuple[Tensor, BlockState]:
         update = state.update
-        assert update is not None, f"layer {layer - 1} has not written yet"
-
+        left = self._block_end[self.block_starts[self._block_of[layer]]] - layer
+        check_turn(update is not None and len(state.outs) == left, "read", layer)
+        assert update is not None
         fold, rest = split_norm(norm, self.dim)
         query, key_norm = self.queries(state.folded, layer)
         scale = self.scale(len(state.blocks) + 1)

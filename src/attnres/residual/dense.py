@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from .base import normed
+from .base import check_turn, normed
 from .block_attnres import block_starts
 from .ragged import RaggedResidual
 
@@ -47,7 +47,8 @@ class DenseResidual(RaggedResidual):
         return normed(h, norm), BankState(state.bank, stream)
 
     def write(self, state: BankState, layer: int, output: Tensor) -> BankState:
-        assert state.stream is not None, f"layer {layer} has not read yet"
+        check_turn(state.stream is not None, "write", layer)
+        assert state.stream is not None
         stream = state.stream + output
         if layer + 1 == self.num_layers or layer + 1 in self.block_starts:
             return BankState((*state.bank, stream), None)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..errors import UsageError
 from .attention import DepthAttention
-from .base import normed, split_norm
+from .base import check_turn, normed, split_norm
 from .registry import register
 
 
@@ -90,7 +90,7 @@ class FullAttnRes(DepthAttention):
     def read(self, state: FullState, layer: int, norm: nn.Module | None = None) -> tuple[Tensor, FullState]:
         if self._opens_group(state, layer):
             return self._open_group(state, layer, norm)
-        if state.outs:
+        if state.outs and layer < self.num_layers:
             return self._go_on(state, layer, norm)
         x, outputs = self.single_read(state.outputs, layer, norm, state.folded)
         return x, FullState(outputs, (), (), state.folded)
@@ -135,7 +135,9 @@ class FullAttnRes(DepthAttention):
 
     def _go_on(self, state: FullState, layer: int, norm: nn.Module | None) -> tuple[Tensor, FullState]:
         """One read over the outputs of the layer's own group that goes on from phase 1's."""
-        first = layer - layer % self.group_size + 1
+        start = layer - layer % self.group_size
+        first, left = start + 1, min(start + self.group_size, self.num_layers) - layer
+        check_turn(len(state.outs) == left and len(state.outputs) == layer + 1, "read", layer)
         earlier, own = state.outputs[:first], state.outputs[first:]
         fold, rest = split_norm(norm, self.dim)
         scale = self.scale(len(state.outputs))

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from .. import ops
 from ..errors import UsageError
-from .base import Residual, normed
+from .base import Residual, check_turn, normed
 from .registry import register
 
 INIT_STD = 0.02
@@ -94,7 +94,8 @@ class GatedResidual(Residual):
         return normed((weights * unit).mean(-2), norm), GatedState(streams, gates)
 
     def write(self, state: GatedState, layer: int, output: Tensor) -> GatedState:
-        assert state.gates is not None, f"layer {layer} has not read yet"
+        check_turn(state.gates is not None, "write", layer)
+        assert state.gates is not None
         return GatedState(state.streams + state.gates.unsqueeze(-1) * output.unsqueeze(-2), None)
 
     def latest(self, state: GatedState) -> Tensor:

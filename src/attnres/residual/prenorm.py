@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from .. import ops
-from .base import Residual, normed, split_norm
+from .base import Residual, check_turn, normed, split_norm
 from .registry import register
 
 
@@ -33,6 +33,7 @@ class PreNorm(Residual):
         return normed(x, rest), state._replace(stream=stream, update=None)
 
     def write(self, state: SumState, layer: int, output: Tensor) -> SumState:
+        check_turn(state.update is None, "write", layer)
         if self.lean:
             return state._replace(stream=state.stream + output, update=None)
         return state._replace(update=output)

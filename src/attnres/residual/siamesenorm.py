@@ -19,15 +19,16 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import UsageError
-from .base import Residual, normed
+from .base import Residual, check_turn, normed
 from .registry import register
 
 
 class SiameseState(NamedTuple):
-    """post, pre: the post-norm and the pre-norm stream, [..., D] each."""
+    """post, pre: the post-norm and the pre-norm stream, [..., D] each; normalised: x^, between a read and its write."""
 
     post: Tensor
     pre: Tensor
+    normalised: Tensor | None
 
 
 @register("siamesenorm")
@@ -61,16 +62,18 @@ class SiameseNorm(Residual):
         nn.init.ones_(self.norm_pre)
 
     def start(self, embedding: Tensor) -> SiameseState:
-        return SiameseState(embedding, embedding)
+        return SiameseState(embedding, embedding, None)
 
     def read(self, state: SiameseState, layer: int, norm: nn.Module | None = None) -> tuple[Tensor, SiameseState]:
         row = layer - self.first_layer
         post = ops.rms_norm(state.post, (self.norm_post[row], self.eps))
         h = post + ops.rms_norm(state.pre, (self.norm_pre[row], self.eps))
-        return normed(h, norm), SiameseState(post, state.pre)
+        return normed(h, norm), SiameseState(state.post, state.pre, post)
 
     def write(self, state: SiameseState, layer: int, output: Tensor) -> SiameseState:
-        return SiameseState(state.post + output / math.sqrt(2 * (layer // 2 + 1)), state.pre + output)
+        check_turn(state.normalised is not None, "write", layer)
+        assert state.normalised is not None
+        return SiameseState(state.normalised + output / math.sqrt(2 * (layer // 2 + 1)), state.pre + output, None)
 
     def latest(self, state: SiameseState) -> Tensor:
         return state.pre

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ..errors import UsageError
 from ..ops.reference import statistics_dtype
-from .base import Residual, normed
+from .base import Residual, check_turn, normed
 
 
 class StreamState(NamedTuple):
@@ -56,7 +56,8 @@ class StreamResidual(Residual):
         return normed(h.to(state.streams.dtype), norm), StreamState(state.streams, mixing, post)
 
     def write(self, state: StreamState, layer: int, output: Tensor) -> StreamState:
-        assert state.mixing is not None and state.post is not None, f"layer {layer} has not read yet"
+        check_turn(state.mixing is not None, "write", layer)
+        assert state.mixing is not None and state.post is not None
         streams = torch.addcmul(
             combine(state.mixing, state.streams), state.post.unsqueeze(-1), output.to(state.post.dtype).unsqueeze(-2)
         )

@@ -1,0 +1,18 @@
+"""Generation with drafts from a model's own first layers, which transformers asks for by the config's depth."""
+
+from typing import Any
+
+
+class DraftsItself:
+    """Comes before GenerationMixin in a model's bases."""
+
+    base_model: Any
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        # a draft that fails leaves its own depth in the config, and all that the model computed later would be wrong
+        config = self.base_model.config
+        depth = config.num_hidden_layers
+        try:
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            config.num_hidden_layers = depth
