@@ -198,7 +198,7 @@ def time_path(spec: Spec) -> dict[str, Any]:
         path = Path(residual, width, L, bench.dtype).to(bench.device)
         leaves = [*path.parameters(), embedding]
         variants[name] = Variant(lambda path=path: [path(embedding)], leaves, [direction], None, None)
-    models = {"prenorm": byte_model.standard(L, 1)}
+    models = {"prenorm": byte_model.standard(L, 1), "attnres": byte_model.full_two_phase(L, width)}
     if spec.S:
         models["attnres"], models["floor"] = byte_model.two_phase(L, spec.S, width), byte_model.least(L, spec.S)
     moved = {name: bench.moved(model, spec.tokens, width) for name, model in models.items()}
