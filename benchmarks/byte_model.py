@@ -13,6 +13,7 @@ block's partial sum too, m sources in all.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -22,6 +23,8 @@ NORM, NORM_BACKWARD = 2, 3
 # what it costs a source's reader to join its gradient with that of later readers
 AUTOGRAD = ADD
 THREADED = 1  # the kernel that writes the gradient adds what it was handed
+
+FEW_QUERIES = 4  # so many queries at most has phase 1 that holds a row of each in registers
 
 
 class Passes(NamedTuple):
@@ -54,16 +57,23 @@ def add_norm() -> Passes:
     return Passes(4, 4)
 
 
-def read(m: int, join: float = 0) -> Passes:
+def read(m: int, join: float = 0, prior: bool = False) -> Passes:
     """One read of m sources and its norm; back: the sources and dx in, their gradients out. join: AUTOGRAD or THREADED
-    if the sources have later readers."""
-    return Passes(m + 1, (2 + join) * m + 1)
+    if the sources have later readers. prior: it goes on from phase 1's read, one more row in; back: in, its gradient
+    out."""
+    return Passes(m + prior + 1, (2 + join) * m + 2 * prior + 1)
 
 
-def inter_block(n: int, queries: int, join: float = 0) -> Passes:
-    """Phase 1: finished blocks in, a read a query out; back: blocks and gradients of reads in, n gradients out, and the
-    blocks again for the gradients of the queries. One block is its own read, which is not written."""
-    return Passes(n + queries if n > 1 else n, (3 + join) * n + queries)
+def inter_block(n: int, queries: int, join: float = 0, normed: bool = False) -> Passes:
+    """Phase 1: finished blocks in, a read a query out; back: blocks and gradients of reads in, n gradients out. One
+    block is its own read, which is not written. normed: the norm of the first read too.
+
+    Beyond FEW_QUERIES the blocks are read again for the gradients of the queries, and the norm is a kernel of its own.
+    """
+    few = queries <= FEW_QUERIES
+    written = queries if n > 1 else normed and few
+    apart = norm() if normed and not few else Passes(0, 0)
+    return Passes(n + written + apart.forward, (2 + join + (not few)) * n + queries + apart.backward)
 
 
 def merge(first: bool = False) -> Passes:
@@ -126,7 +136,7 @@ def per_read(L: int, S: int, partials: float = 8) -> Passes:
 
 
 def per_read_threaded(L: int, S: int) -> Passes:
-    """A fused read that hands its sources on: what this library does for Full AttnRes (S = 1) and lean states. The
+    """A fused read that hands its sources on: what this library does for lean states, of Full AttnRes (S = 1) too. The
     first layer's read is the embedding itself, which autograd joins with the chain."""
     forward, backward = layer_by_layer(L, S, read, join=THREADED)
     return Passes(forward, backward + AUTOGRAD - THREADED)
@@ -155,23 +165,57 @@ def two_phase(L: int, S: int, width: int, threaded: bool = True) -> Passes:
     threaded=False: each phase 1 writes gradients of its own, which autograd joins.
     """
     forward, backward = two_phase_rows(L, S, THREADED if threaded else AUTOGRAD)
-    for n, s in blocks(L, S):
-        backward += 0.13 * s + 16 * n * s / (2 * width)  # partial sums of the queries' gradients; scalars in fp32
-    return Passes(forward, backward)
+    return Passes(forward, backward + sums_and_scalars(blocks(L, S), width))
+
+
+def sums_and_scalars(parts: list[tuple[int, int]], width: int) -> float:
+    """Partial sums of the queries' gradients; scalars of a source and a query in fp32."""
+    return sum(0.13 * s + 16 * n * s / (2 * width) for n, s in parts)
 
 
 def two_phase_rows(L: int, S: int, join: float = THREADED) -> Passes:
     """The same without what is summed over tokens and scalars. The first block is read layer by layer, which moves as
-    much; a block's last sum is formed when it is written, and its first read is normalised by a kernel of its own."""
+    much; a block's last sum is formed when it is written."""
     parts = blocks(L, S)
     s = parts[0][1]
     steps = [norm(), *(read(2, join) for _ in range(s - 1))]
     forward, backward = ADD * (s - 1.0), float(AUTOGRAD)  # the embedding's norm and its next reader
     for n, s in parts[1:]:
-        steps += [inter_block(n, s, join), norm(), *(merge(first=j == 1) for j in range(1, s))]
+        steps += [inter_block(n, s, join, normed=True), *(merge(first=j == 1) for j in range(1, s))]
         forward += ADD * (s > 1)
     steps.append(read(len(parts) + 1))  # in front of the head
     return Passes(forward + sum(step.forward for step in steps), backward + sum(step.backward for step in steps))
+
+
+def groups(L: int, size: int | None = None) -> list[tuple[int, int]]:
+    """Full AttnRes in two phases: (the embedding and outputs before it, its layers) of every group; size: the layers in
+    a group, about sqrt(L)."""
+    size = size or math.isqrt(L - 1) + 1
+    return [(first + 1, min(size, L - first)) for first in range(0, L, size)]
+
+
+def full_two_phase(L: int, width: int) -> Passes:
+    """Full AttnRes in two phases, sources handed on from reader to reader (this library)."""
+    forward, backward = full_two_phase_rows(L)
+    return Passes(forward, backward + sums_and_scalars(groups(L), width))
+
+
+def full_two_phase_rows(L: int, layerwise_first: bool = True, size: int | None = None) -> Passes:
+    """The same without what is summed over tokens and scalars. Phase 1 reads what came before a group, once; a later
+    layer's read of the group's own outputs goes on from it.
+
+    layerwise_first: the first group, which has the embedding alone before it, is read layer by layer (this library's
+    choice where nothing else is asked for). The embedding's norm and its next reader are then joined by autograd.
+    """
+    steps, joins = [], 0
+    for n, s in groups(L, size):
+        if n == 1 and layerwise_first:
+            steps += [norm(), *(read(j + 1, THREADED) for j in range(1, s))]
+            joins += AUTOGRAD
+        else:
+            steps += [inter_block(n, s, THREADED, normed=True), *(read(j, THREADED, prior=True) for j in range(1, s))]
+    steps.append(read(L + 1))  # in front of the head
+    return Passes(sum(step.forward for step in steps), joins + sum(step.backward for step in steps))
 
 
 def inference_rows(L: int, S: int) -> float:
@@ -179,7 +223,7 @@ def inference_rows(L: int, S: int) -> float:
     more than the embedding costs."""
     passes = 0.0
     for n, s in blocks(L, S):
-        passes += inter_block(n, s).forward + norm().forward + ADD * (s > 1)
+        passes += inter_block(n, s, normed=True).forward + ADD * (s > 1)
         passes += sum(merge(first=j == 1).forward for j in range(1, s))
     return passes + read(len(blocks(L, S)) + 1).forward
 
@@ -210,6 +254,8 @@ DESIGNS: dict[str, Callable[[int, int, int], Passes]] = {
     "two-phase fused, autograd's sums": lambda D, L, S: two_phase(L, S, D, threaded=False),
     "**two-phase fused, threaded**": lambda D, L, S: two_phase(L, S, D),
     "least possible": lambda D, L, S: least(L, S),
+    "Full AttnRes, fused read, threaded": lambda D, L, S: per_read_threaded(L, 1),
+    "Full AttnRes in two phases": lambda D, L, S: full_two_phase(L, D),
 }
 
 

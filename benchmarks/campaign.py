@@ -96,10 +96,12 @@ def trained(name: str, groups: dict[str, turns.Group], seconds: float, least: fl
 def checks(widths: tuple[int, ...], quick: bool) -> dict[str, Any]:
     """Every op in every dtype, on numbers of tokens that fill no tile, few and many."""
     sizes = [("read", 2, 0), ("read", 9, 0), ("read", 25, 0), ("read, no norm", 5, 0)]
+    sizes += [("read, prior", 3, 0), ("read, prior", 25, 0)]
     sizes += [("phase 1", 2, 3), ("phase 1", 8, 8), ("phase 1", 8, 24)]
+    sizes += [("phase 1, norm", 1, 4), ("phase 1, norm", 8, 3), ("phase 1, norm", 25, 4), ("phase 1, norm", 8, 8)]
     sizes += [("phase 2", 0, 0), ("phase 2, first", 0, 0), ("add + norm", 0, 0), ("norm", 0, 0)]
     if quick:
-        sizes = [("read", 3, 0), ("phase 1", 2, 3), *sizes[-4:]]
+        sizes = [("read", 3, 0), ("read, prior", 2, 0), ("phase 1", 2, 3), ("phase 1, norm", 2, 3), *sizes[-4:]]
     specs = [
         Spec(op, width, tokens, n, S, dtype=dtype)
         for width in widths
@@ -116,6 +118,8 @@ def ops_of(width: int) -> list[Spec]:
     specs = [Spec("path, Block", width, path_tokens, L=L, S=S)]
     specs += [Spec("read", width, tokens, n=n) for n in (9, 2, 5, 25)]
     specs += [Spec("phase 1", width, tokens, n=n, S=S) for n, S in ((4, 8), (8, 24), (8, 3), (8, 8))]
+    specs += [Spec("phase 1, norm", width, tokens, n=n, S=4) for n in (5, 29)]
+    specs += [Spec("read, prior", width, tokens, n=3)]
     specs += [Spec("phase 2", width, tokens), Spec("add + norm", width, tokens)]
     return [*specs, *([Spec("path, Full", width, tokens, L=L)] if width in WIDTHS else [])]
 

@@ -86,14 +86,13 @@ def _packages() -> list[str]:
 def inputs(bench: Bench, spec: Spec) -> tuple[list[Tensor], list[Tensor], Callable[..., list[Tensor]]]:
     """(what all tokens share, rows of tokens, the op as a function of both lists): leaves that want gradients."""
     (weight,) = (1 + 0.1 * torch.randn(1, spec.width, device=bench.device)).to(bench.dtype)
-    vectors = bench.vectors(spec.S, spec.width) if spec.op == "phase 1" else bench.vectors(spec.width)
-    count = {"phase 2": 3, "phase 2, first": 2, "add + norm": 2, "norm": 1}.get(spec.op, spec.n)
-    rows = bench.rows(spec.tokens, spec.width, count)
-    if spec.op in ("read", "read, no norm", "phase 1"):
-        shared = [*vectors] if spec.op != "read" else [*vectors, weight]
-    else:
-        shared = [*vectors, weight] if spec.op.startswith("phase 2") else [weight]
-    if spec.op.startswith("phase 2"):
+    vectors = bench.vectors(spec.S, spec.width) if spec.op.startswith("phase 1") else bench.vectors(spec.width)
+    counts = {"phase 2": 3, "phase 2, first": 2, "add + norm": 2, "norm": 1, "read, prior": spec.n + 1}
+    rows = bench.rows(spec.tokens, spec.width, counts.get(spec.op, spec.n))
+    shared = [] if spec.op in ("add + norm", "norm") else [*vectors]
+    if spec.op not in ("read, no norm", "phase 1"):
+        shared.append(weight)
+    if spec.op.startswith("phase 2") or spec.op == "read, prior":
         rows.append(torch.randn(spec.tokens, device=bench.device))
     scale = float(spec.n + 1)
 
@@ -106,8 +105,15 @@ def inputs(bench: Bench, spec: Spec) -> tuple[list[Tensor], list[Tensor], Callab
             h = ops.depth_attention(shared[0], rows, shared[1], EPS)
             assert isinstance(h, Tensor)
             return [h]
-        if spec.op == "phase 1":
-            outs, lses, handed = ops.inter_block_threaded(shared[0], rows, shared[1], EPS)
+        if spec.op == "read, prior":
+            *sources, out, lse = rows
+            x, handed = ops.read_norm_threaded(
+                shared[0], sources, shared[1], EPS, scale=scale, norm=norm, prior=(out, lse)
+            )
+            return [x, *handed]
+        if spec.op.startswith("phase 1"):
+            of_first = {"scale": scale, "norm": norm} if spec.op == "phase 1, norm" else {}
+            outs, lses, handed = ops.inter_block_threaded(shared[0], rows, shared[1], EPS, **of_first)
             return [*outs, *lses, *handed]
         if spec.op.startswith("phase 2"):
             *partial, update, out, lse = rows
@@ -126,7 +132,9 @@ def passes(spec: Spec) -> byte_model.Passes:
     return {
         "read": byte_model.Passes(n + 1, 3 * n + 1),
         "read, no norm": byte_model.Passes(n + 1, 2 * n + 1),
+        "read, prior": byte_model.Passes(n + 2, 3 * n + 3),
         "phase 1": byte_model.Passes(n + S, 3 * n + S),
+        "phase 1, norm": byte_model.Passes(n + S, 3 * n + S),
         "phase 2": byte_model.merge(),
         "phase 2, first": byte_model.merge(first=True),
         "add + norm": byte_model.add_norm(),
@@ -198,7 +206,7 @@ def time_path(spec: Spec) -> dict[str, Any]:
         path = Path(residual, width, L, bench.dtype).to(bench.device)
         leaves = [*path.parameters(), embedding]
         variants[name] = Variant(lambda path=path: [path(embedding)], leaves, [direction], None, None)
-    models = {"prenorm": byte_model.standard(L, 1)}
+    models = {"prenorm": byte_model.standard(L, 1), "attnres": byte_model.full_two_phase(L, width)}
     if spec.S:
         models["attnres"], models["floor"] = byte_model.two_phase(L, spec.S, width), byte_model.least(L, spec.S)
     moved = {name: bench.moved(model, spec.tokens, width) for name, model in models.items()}

@@ -36,7 +36,7 @@ OPS = {
     "read": Spec("read", 0, 0, n=9),
     "merge": Spec("phase 2", 0, 0),
     "add_norm": Spec("add + norm", 0, 0),
-    "inter_block": Spec("phase 1", 0, 0, n=8, S=8),
+    "inter_block": Spec("phase 1, norm", 0, 0, n=8, S=4),  # more queries have a kernel without lines
 }
 Line = dict[str, int]
 

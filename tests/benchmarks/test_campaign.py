@@ -59,7 +59,11 @@ def test_a_campaign_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert "## decode" in page and "- flash-attn-res: read: RuntimeError" in page and "Left for another call" in page
 
 
-@pytest.mark.parametrize("op", ["read", "read, no norm", "phase 1", "phase 2", "phase 2, first", "add + norm", "norm"])
+READS = ["read", "read, no norm", "read, prior"]
+PHASES = ["phase 1", "phase 1, norm", "phase 2", "phase 2, first"]
+
+
+@pytest.mark.parametrize("op", [*READS, *PHASES, "add + norm", "norm"])
 def test_every_op_agrees_and_is_timed(benchmarks: Path, op: str) -> None:
     import campaign_jobs as jobs
 

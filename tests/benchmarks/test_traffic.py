@@ -23,6 +23,7 @@ from triton.runtime import interpreter
 
 from attnres import BlockAttnRes, FullAttnRes, ops
 from attnres.ops import triton as kernels
+from attnres.ops import triton_inter_block
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 TOKENS, WIDTH, EPS = 2, 24, 1e-6
@@ -51,7 +52,8 @@ class Traffic(TorchDispatchMode):
             return store(builder, pointers, value, mask, *rest)
 
         def counted_launch(*arguments: Any, **keywords: Any) -> Any:
-            result = launch(*arguments, **keywords)
+            with self.pause():  # what the interpreter does with tensors is no traffic
+                result = launch(*arguments, **keywords)
             self.elements += len(self.loaded) + len(self.stored)
             self.loaded.clear()
             self.stored.clear()
@@ -71,9 +73,9 @@ class Traffic(TorchDispatchMode):
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        self.paused = True
+        before, self.paused = self.paused, True
         yield
-        self.paused = False
+        self.paused = before
 
     def passes(self, call: Callable[[], Any]) -> tuple[float, Any]:
         self.elements = 0
@@ -123,18 +125,43 @@ def test_a_read(benchmarks: Path, traffic: Traffic, n: int, threaded: bool) -> N
 
 
 @pytest.mark.parametrize("threaded", [False, True])
-@pytest.mark.parametrize(("n", "queries"), [(1, 3), (2, 4), (5, 6)])
-def test_phase_1(benchmarks: Path, traffic: Traffic, n: int, queries: int, threaded: bool) -> None:
+@pytest.mark.parametrize("n", [1, 6])
+def test_a_read_that_goes_on_from_phase_1(benchmarks: Path, traffic: Traffic, n: int, threaded: bool) -> None:
+    import byte_model
+
+    (out, *sources), (query, key_norm), norm = rows(n + 1), vectors(), (torch.ones(WIDTH, requires_grad=True), EPS)
+    lse = torch.zeros(TOKENS, requires_grad=True)
+
+    def call() -> list[Tensor]:
+        prior = (out, lse)
+        x, handed_on = kernels.read_norm_threaded(query, sources, key_norm, EPS, scale=2.0, norm=norm, prior=prior)
+        return [x, *handed_on]
+
+    moved = both_ways(traffic, call, [out, *sources], 1 + n if threaded else 1)
+    assert moved == list(byte_model.read(n, byte_model.THREADED if threaded else 0, prior=True))
+
+
+def test_phase_1_holds_as_many_queries_as_the_model_says(benchmarks: Path) -> None:
+    import byte_model
+
+    assert byte_model.FEW_QUERIES == triton_inter_block.MAX_QUERIES
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("threaded", [False, True])
+@pytest.mark.parametrize(("n", "queries"), [(1, 3), (1, 5), (2, 1), (2, 4), (13, 2), (5, 6)])
+def test_phase_1(benchmarks: Path, traffic: Traffic, n: int, queries: int, threaded: bool, normed: bool) -> None:
     import byte_model
 
     sources, (q, g) = rows(n), vectors(queries)
+    norm = (torch.ones(WIDTH, requires_grad=True), EPS) if normed else None
 
     def call() -> list[Tensor]:
-        outs, _, handed_on = kernels.inter_block_threaded(q, sources, g, EPS)
+        outs, _, handed_on = kernels.inter_block_threaded(q, sources, g, EPS, scale=2.0 if normed else 1.0, norm=norm)
         return [*outs, *handed_on]
 
     moved = both_ways(traffic, call, sources, queries + n if threaded else queries)
-    assert moved == list(byte_model.inter_block(n, queries, byte_model.THREADED if threaded else 0))
+    assert moved == list(byte_model.inter_block(n, queries, byte_model.THREADED if threaded else 0, normed))
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -190,7 +217,7 @@ def path(traffic: Traffic, residual: nn.Module, num_layers: int, gradients: bool
     return both_ways(traffic, forward, [embedding], 1) if gradients else [traffic.passes(forward)[0]]
 
 
-@pytest.mark.parametrize(("L", "S"), [(7, 3), (6, 3), (3, 1), (4, 4), (4, 2)])
+@pytest.mark.parametrize(("L", "S"), [(7, 3), (6, 3), (3, 1), (4, 4), (4, 2), (11, 5), (13, 6)])
 def test_two_phase_path(benchmarks: Path, traffic: Traffic, L: int, S: int) -> None:
     import byte_model
 
@@ -208,7 +235,21 @@ def test_layer_by_layer_path(benchmarks: Path, traffic: Traffic, L: int, S: int)
         assert path(traffic, FullAttnRes(WIDTH, L), L) == list(byte_model.per_read_threaded(L, S))
 
 
-@pytest.mark.parametrize(("L", "S"), [(7, 3), (4, 4), (3, 1)])
+@pytest.mark.parametrize(("L", "size"), [(1, None), (2, None), (5, None), (10, None), (11, 5)])
+def test_full_two_phase_path(
+    benchmarks: Path, traffic: Traffic, monkeypatch: pytest.MonkeyPatch, L: int, size: int | None
+) -> None:
+    import byte_model
+
+    residual = FullAttnRes(WIDTH, L, stream_scale=True, schedule="two_phase")
+    residual.group_size = size or residual.group_size
+    assert path(traffic, residual, L) == list(byte_model.full_two_phase_rows(L, layerwise_first=False, size=size))
+    residual.schedule = "auto"
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)  # where "auto" takes two phases
+    assert path(traffic, residual, L) == list(byte_model.full_two_phase_rows(L, size=size))
+
+
+@pytest.mark.parametrize(("L", "S"), [(7, 3), (4, 4), (3, 1), (12, 6)])
 def test_path_without_gradients(benchmarks: Path, traffic: Traffic, L: int, S: int) -> None:
     import byte_model
 

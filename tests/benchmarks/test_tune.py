@@ -70,3 +70,22 @@ def test_a_line_that_changes_the_result_or_fails_is_no_candidate(
     times = tune.times("add_norm_forward", spec, [{"warps": warps} for warps in (1, 2, 4, 8)])
     assert [us is not None for us in times] == [True, False, False, True]
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("kernel", list(triton_table.launch_table()))
+def test_what_is_timed_takes_the_line(benchmarks: Path, monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
+    import tune
+
+    from attnres import ops
+    from attnres.ops import triton_launch
+
+    asked, line = [], triton_launch.line
+    monkeypatch.setattr(triton_launch, "line", lambda name, width: asked.append(name) or line(name, width))
+    monkeypatch.setattr(ops.dispatch, "_choice", "triton")
+    spec = tune.replace(tune.spec_of(kernel, 512), width=32, tokens=2)
+    shared, rows, call = tune.jobs.inputs(tune.jobs.open_bench(), spec)
+    outputs = call(shared, rows)
+    if kernel.endswith("backward"):
+        asked.clear()
+        tune.torch.autograd.grad(outputs, [*shared, *rows], tune.jobs.directions_of(outputs))
+    assert kernel in asked
