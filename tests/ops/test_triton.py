@@ -141,7 +141,7 @@ def test_threaded_inter_block_hands_sources_on(n, queries, dtype):
     check(call, parameters, [randn(2, width, seed=10 + i) for i in range(n)], dtype)
 
 
-@pytest.mark.parametrize("held", ["sums", "rows", "nothing"])
+@pytest.mark.parametrize("rows", ["held", "wide"])
 @pytest.mark.parametrize(
     ("n", "queries", "dtype", "norm"),
     [
@@ -152,11 +152,10 @@ def test_threaded_inter_block_hands_sources_on(n, queries, dtype):
         (14, 2, BF16, "plain"),
     ],
 )
-def test_first_read_with_its_norm(n, queries, dtype, norm, held, monkeypatch):
-    """What a program can hold decides who sums the gradients of the queries, and which kernel runs backward."""
-    limits = {"sums": {}, "rows": {"MAX_ROW_SUMS": 0}, "nothing": {"MAX_ROWS": 0}}[held]
-    for name, value in limits.items():
-        monkeypatch.setattr(triton_inter_block, name, value)
+def test_first_read_with_its_norm(n, queries, dtype, norm, rows, monkeypatch):
+    """What a program can hold decides which kernel runs backward, and whether the norm is a kernel of its own."""
+    if rows == "wide":
+        monkeypatch.setattr(triton_inter_block, "MAX_ELEMENTS", 0)
 
     def call(module, parameters, sources):
         queries, key_norms, weight = parameters

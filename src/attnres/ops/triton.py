@@ -129,7 +129,7 @@ def inter_block_threaded(
     key_norms = torch.ones_like(queries) if key_norms is None else key_norms
     check_supported(sources[0], len(sources))
     backward = differentiates(queries, key_norms, norm and norm[0], *sources)
-    if norm is not None and not norm_fits(sources[0], len(queries), backward):
+    if norm is not None and not norm_fits(sources[0], len(sources), len(queries), backward):
         outs, lses, sources = inter_block_threaded(queries, sources, key_norms, eps)
         return [rms_norm(outs[0], scaled_norm(norm, scale)), *outs[1:]], lses, sources
     weight, norm_eps = norm or (None, None)

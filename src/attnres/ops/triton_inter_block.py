@@ -14,10 +14,10 @@ Backward, with do_l and dlse_l the gradients that the merges left, and dv_i' tha
 The norm's gradient needs o_0, which is made again: with y = dx * weight, t = scale * rstd and k = t^2 <y, o_0> / D it
 is do_0 = t (y - k o_0), and <do_0, v_i> = t (<y, v_i> - k <o_0, v_i>), so all sums over a row need one barrier.
 
-A program takes one token at a time and holds its rows in registers, in their own dtype; sources that do not fit are
-taken in tiles. Rows moved a token: n + S forward, 3n + S backward. dq is summed over each program's tokens in
-registers; where S rows of it do not fit, `triton_reduce.query_partials` makes it, which reads the sources once more.
-`triton_inter_block_wide` serves more queries than four, and wider rows.
+A program takes one token at a time and holds its rows in registers, in their own dtype. Rows moved a token: n + S
+forward, 3n + S backward; dq is summed over each program's tokens in registers. `triton_inter_block_wide` serves more
+queries than four, more sources and wider rows; in decoding, where programs are few, reads are made here all the same,
+with sources in tiles.
 """
 
 # Triton compiles tuple concatenation but not unpacking, and its tuples grow.
@@ -34,11 +34,9 @@ from .triton_launch import dense, even_share, few_tokens, launch, row_config, ro
 from .triton_reduce import query_partials, sum_partials
 from .triton_rows import dots, load_rows, num_tiles, row_pointer, squares, store_gradient, sums
 
-MAX_QUERIES = 4
-"""For more, `triton_inter_block_wide` is faster: what is done once a source and query is done by every thread here."""
-
-MAX_ROWS, MAX_ROW_SUMS = 64, 64
-"""Elements that a thread may hold of S rows, and of S rows of dq."""
+MAX_QUERIES, MAX_SOURCES, MAX_ELEMENTS = 4, 12, 8
+"""For more, `triton_inter_block_wide` is faster: what is done once a source and query is done by every thread here, and
+a thread that holds more elements of a row runs out of registers."""
 
 
 @triton.jit
@@ -203,44 +201,19 @@ def inter_block_forward(
 
 
 @triton.jit
-def _weights_of(p_logits, tile, query: tl.constexpr, n, num_queries, lse, TILE: tl.constexpr):
-    """Weights of a tile's sources, zero past the n-th."""
+def _weights_of(p_logits, query: tl.constexpr, lse, TILE: tl.constexpr, QUERIES: tl.constexpr):
     weights = ()
     for j in tl.static_range(TILE):
-        source = tile * TILE + j
-        logit = tl.load(p_logits + source * num_queries + query, mask=source < n, other=-float("inf"))
-        weights = weights + (tl.exp(logit - lse),)
+        weights = weights + (tl.exp(tl.load(p_logits + j * QUERIES + query) - lse),)
     return weights
 
 
 @triton.jit
-def _tile_gradients(
-    p_later,
-    p_dsources,
-    p_logits,
-    p_rstd,
-    p_along_query,
-    p_q,
-    tile,
-    n,
-    o_d,
-    o_row,
-    m_d,
-    rows,
-    douts,
-    along_rows,
-    deltas,
-    lses,
-    dqs,
-    D: tl.constexpr,
-    COUNT: tl.constexpr,
-    TILE: tl.constexpr,
-    QUERIES: tl.constexpr,
-    CHAINED: tl.constexpr,
-    DQ: tl.constexpr,
-    p_like,
-):
-    """Writes the gradients of a tile's sources; returns dqs with the tile's part added, or stores c.
+def _source_gradients(
+    p_later, p_dsources, p_logits, p_rstd, p_q, o_d, o_row, m_d, rows, douts, along_rows, deltas, lses, dqs,
+    D: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr, QUERIES: tl.constexpr, CHAINED: tl.constexpr, p_like,
+):  # fmt: skip
+    """Writes the gradients of the sources; returns dqs with this token's part added.
 
     along_rows: <do_l, v_j> at l * TILE + j; deltas: sum_j p_jl <do_l, v_j> - dlse_l."""
     gradients = ()
@@ -252,35 +225,27 @@ def _tile_gradients(
     for l in tl.static_range(QUERIES):
         b_q = tl.load(p_q + l * D + o_d, mask=m_d, other=0.0)
         b_dout = douts[l].to(tl.float32)
-        if DQ:
-            b_dq = dqs[l]
+        b_dq = dqs[l]
         new_gradients = ()
         new_along = ()
         for j in tl.static_range(TILE):
-            source = tile * TILE + j
-            logit = tl.load(p_logits + source * QUERIES + l, mask=source < n, other=-float("inf"))
-            rstd = tl.load(p_rstd + source, mask=source < n, other=0.0)
+            logit = tl.load(p_logits + j * QUERIES + l)
+            rstd = tl.load(p_rstd + j)
             p = tl.exp(logit - lses[l])
-            dz = p * (along_rows[l * TILE + j] - deltas[l])
-            along_query = dz * rstd
-            if DQ:
-                b_dq += along_query * rows[j].to(tl.float32)
-            else:
-                tl.store(p_along_query + source * QUERIES + l, along_query, mask=source < n)
+            along_query = p * (along_rows[l * TILE + j] - deltas[l]) * rstd
+            b_dq += along_query * rows[j].to(tl.float32)
             new_gradients = new_gradients + (gradients[j] + p * b_dout + along_query * b_q,)
-            new_along = new_along + (along[j] + tl.where(source < n, along_query * logit * rstd, 0.0),)
+            new_along = new_along + (along[j] + along_query * logit * rstd,)
         gradients = new_gradients
         along = new_along
-        if DQ:
-            new_dqs = new_dqs + (b_dq,)
+        new_dqs = new_dqs + (b_dq,)
     for j in tl.static_range(TILE):
-        if COUNT == TILE or tile * TILE + j < n:
-            b_dv = gradients[j] - (along[j] / D) * rows[j].to(tl.float32)
-            store_gradient(b_dv, p_later, p_dsources, tile, j, o_row, m_d, COUNT, TILE, CHAINED, p_like)
+        b_dv = gradients[j] - (along[j] / D) * rows[j].to(tl.float32)
+        store_gradient(b_dv, p_later, p_dsources, 0, j, o_row, m_d, COUNT, TILE, CHAINED, p_like)
     return new_dqs
 
 
-@triton.jit(do_not_specialize=["n", "num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens"])
 def inter_block_backward(
     p_sources,
     p_later,
@@ -292,12 +257,9 @@ def inter_block_backward(
     p_rstd,
     p_lse,
     p_dlse,
-    p_along_query,
     p_partial,
-    n,
     num_tokens,
     scale,
-    norm_eps,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
@@ -309,139 +271,83 @@ def inter_block_backward(
     NORM: tl.constexpr,
     AFFINE: tl.constexpr,
     CHAINED: tl.constexpr,
-    DQ: tl.constexpr,
     STAGES: tl.constexpr,
     p_like,
 ):
-    """p_partial: [programs, DQ * S + AFFINE, D], this program's sums of dq and of the norm weight's gradient; without
-    DQ p_along_query, [T, n, S], takes c for `query_partials`."""
+    """p_partial: [programs, S + AFFINE, D], this program's sums of dq and of the norm weight's gradient. TILE is n."""
     o_d = tl.arange(0, BLOCK)
     m_d = o_d < D
-    dqs = ()
-    if DQ:
-        dqs = (tl.zeros([BLOCK], tl.float32),) * QUERIES
+    dqs = (tl.zeros([BLOCK], tl.float32),) * QUERIES
     b_dweight = tl.zeros([BLOCK], tl.float32)
 
     for token in tl.range(tl.program_id(0).to(tl.int64), num_tokens, tl.num_programs(0), num_stages=STAGES):
         o_row = token * D + o_d
-        p_z = p_logits + token * n * QUERIES
-        p_r = p_rstd + token * (n + 1)
-        p_c = p_along_query
-        if not DQ:
-            p_c += token * n * QUERIES
+        p_z = p_logits + token * TILE * QUERIES
+        p_r = p_rstd + token * (TILE + 1)
         douts = load_rows(p_douts, 0, o_row, m_d, OUTS, QUERIES, p_like)
+        rows = load_rows(p_sources, 0, o_row, m_d, COUNT, TILE, p_like)
         lses = ()
-        dlses = ()
         for l in tl.static_range(QUERIES):
-            o_scalar = token + l * num_tokens
-            lses = lses + (tl.load(p_lse + o_scalar),)
-            dlses = dlses + (tl.load(p_dlse + o_scalar),)
-        t = 1.0
-        k = 0.0
+            lses = lses + (tl.load(p_lse + l * num_tokens + token),)
         if NORM:
-            norm_rstd = tl.load(p_r + n)
-            t = scale * norm_rstd
+            t = scale * tl.load(p_r + TILE)
             b_dx = douts[0].to(tl.float32)
             b_y = b_dx
             if AFFINE:
                 b_y = b_dx * tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32)
             b_first = tl.zeros([BLOCK], tl.float32)
-
-        if COUNT == TILE:
-            rows = load_rows(p_sources, 0, o_row, m_d, COUNT, TILE, p_like)
-            parts = ()
-            if NORM:
-                weights = _weights_of(p_z, 0, 0, n, QUERIES, lses[0], TILE)
-                for j in tl.static_range(TILE):
-                    b_first += weights[j] * rows[j].to(tl.float32)
-                parts = dots(rows, b_y, TILE, LANES, VECTOR)
-            else:
-                parts = dots(rows, douts[0].to(tl.float32), TILE, LANES, VECTOR)
-            for l in tl.static_range(1, QUERIES):
-                parts = parts + dots(rows, douts[l].to(tl.float32), TILE, LANES, VECTOR)
-            if NORM:
-                parts = parts + dots(rows, b_first, TILE, LANES, VECTOR)
-            along_rows = sums(parts, TILE * (QUERIES + NORM))
-            if NORM:
-                along = 0.0
-                for j in tl.static_range(TILE):
-                    along += weights[j] * along_rows[j]
-                k = t * t * along / D
-                firsts = ()
-                for j in tl.static_range(TILE):
-                    firsts = firsts + (t * (along_rows[j] - k * along_rows[TILE * QUERIES + j]),)
-                along_rows = firsts + along_rows[TILE : TILE * QUERIES]
-            deltas = ()
-            for l in tl.static_range(QUERIES):
-                delta = -dlses[l]
-                weights = _weights_of(p_z, 0, l, n, QUERIES, lses[l], TILE)
-                for j in tl.static_range(TILE):
-                    delta += weights[j] * along_rows[l * TILE + j]
-                deltas = deltas + (delta,)
-            if NORM:
-                douts = (t * (b_y - k * b_first),) + douts[1:]
-            dqs = _tile_gradients(
-                p_later, p_dsources, p_z, p_r, p_c, p_q, 0, n, o_d, o_row, m_d, rows, douts, along_rows, deltas, lses,
-                dqs, D, COUNT, TILE, QUERIES, CHAINED, DQ, p_like,
-            )  # fmt: skip
+            weights = _weights_of(p_z, 0, lses[0], TILE, QUERIES)
+            for j in tl.static_range(TILE):
+                b_first += weights[j] * rows[j].to(tl.float32)
+            parts = dots(rows, b_y, TILE, LANES, VECTOR)
         else:
-            deltas = ()
-            for l in tl.static_range(QUERIES):
-                deltas = deltas + (-dlses[l],)
-            for tile in tl.range(0, num_tiles(n, COUNT, TILE)):
-                rows = load_rows(p_sources, tile, o_row, m_d, COUNT, TILE, p_like)
-                parts = ()
-                for l in tl.static_range(QUERIES):
-                    parts = parts + dots(rows, douts[l].to(tl.float32), TILE, LANES, VECTOR)
-                along_rows = sums(parts, TILE * QUERIES)
-                new_deltas = ()
-                for l in tl.static_range(QUERIES):
-                    delta = deltas[l]
-                    weights = _weights_of(p_z, tile, l, n, QUERIES, lses[l], TILE)
-                    for j in tl.static_range(TILE):
-                        delta += weights[j] * along_rows[l * TILE + j]
-                        if NORM and l == 0:
-                            b_first += weights[j] * rows[j].to(tl.float32)
-                    new_deltas = new_deltas + (delta,)
-                deltas = new_deltas
-            if NORM:
-                along = tl.sum(b_y * b_first, 0)
-                k = t * t * along / D
-                # <do_0, o_0>: the norm took from do_0 what lies along o_0, up to norm_eps
-                deltas = (t * along * (norm_eps * norm_rstd * norm_rstd) - dlses[0],) + deltas[1:]
-                douts = (t * (b_y - k * b_first),) + douts[1:]
-            for tile in tl.range(0, num_tiles(n, COUNT, TILE)):
-                rows = load_rows(p_sources, tile, o_row, m_d, COUNT, TILE, p_like)
-                parts = ()
-                for l in tl.static_range(QUERIES):
-                    parts = parts + dots(rows, douts[l].to(tl.float32), TILE, LANES, VECTOR)
-                along_rows = sums(parts, TILE * QUERIES)
-                dqs = _tile_gradients(
-                    p_later, p_dsources, p_z, p_r, p_c, p_q, tile, n, o_d, o_row, m_d, rows, douts, along_rows, deltas,
-                    lses, dqs, D, COUNT, TILE, QUERIES, CHAINED, DQ, p_like,
-                )  # fmt: skip
+            parts = dots(rows, douts[0].to(tl.float32), TILE, LANES, VECTOR)
+        for l in tl.static_range(1, QUERIES):
+            parts = parts + dots(rows, douts[l].to(tl.float32), TILE, LANES, VECTOR)
+        if NORM:
+            parts = parts + dots(rows, b_first, TILE, LANES, VECTOR)
+        along_rows = sums(parts, TILE * (QUERIES + NORM))
+        if NORM:
+            along = 0.0
+            for j in tl.static_range(TILE):
+                along += weights[j] * along_rows[j]
+            k = t * t * along / D
+            firsts = ()
+            for j in tl.static_range(TILE):
+                firsts = firsts + (t * (along_rows[j] - k * along_rows[TILE * QUERIES + j]),)
+            along_rows = firsts + along_rows[TILE : TILE * QUERIES]
+        deltas = ()
+        for l in tl.static_range(QUERIES):
+            delta = -tl.load(p_dlse + l * num_tokens + token)
+            weights = _weights_of(p_z, l, lses[l], TILE, QUERIES)
+            for j in tl.static_range(TILE):
+                delta += weights[j] * along_rows[l * TILE + j]
+            deltas = deltas + (delta,)
+        if NORM:
+            douts = (t * (b_y - k * b_first),) + douts[1:]
+        dqs = _source_gradients(
+            p_later, p_dsources, p_z, p_r, p_q, o_d, o_row, m_d, rows, douts, along_rows, deltas, lses, dqs,
+            D, COUNT, TILE, QUERIES, CHAINED, p_like,
+        )  # fmt: skip
         if AFFINE:
             b_dweight += b_dx * (t * b_first)
 
-    if DQ:
-        p_row = p_partial + tl.program_id(0) * (QUERIES + AFFINE) * D + o_d
-        for l in tl.static_range(QUERIES):
-            tl.store(p_row + l * D, dqs[l], mask=m_d)
-        if AFFINE:
-            tl.store(p_row + QUERIES * D, b_dweight, mask=m_d)
-    elif AFFINE:
-        tl.store(p_partial + tl.program_id(0) * D + o_d, b_dweight, mask=m_d)
+    p_row = p_partial + tl.program_id(0) * (QUERIES + AFFINE) * D + o_d
+    for l in tl.static_range(QUERIES):
+        tl.store(p_row + l * D, dqs[l], mask=m_d)
+    if AFFINE:
+        tl.store(p_row + QUERIES * D, b_dweight, mask=m_d)
 
 
-def norm_fits(source: Tensor, num_queries: int, backward: bool) -> bool:
+def norm_fits(source: Tensor, n: int, num_queries: int, backward: bool) -> bool:
     """Whether the first read can come with its norm."""
-    return rows_fit(source, num_queries) or (not backward and few_tokens(source.numel() // source.shape[-1]))
+    return rows_fit(source, n, num_queries) or (not backward and few_tokens(source.numel() // source.shape[-1]))
 
 
-def rows_fit(source: Tensor, num_queries: int) -> bool:
-    """Whether the kernels here are for so many queries, and backward's programs can hold a row of each."""
+def rows_fit(source: Tensor, n: int, num_queries: int) -> bool:
+    """Whether the kernels here are for so many sources, queries and elements."""
     block, warps = row_shape("inter_block_backward", source.shape[-1])
-    return num_queries <= MAX_QUERIES and num_queries * block <= MAX_ROWS * 32 * warps
+    return num_queries <= MAX_QUERIES and n <= MAX_SOURCES and block <= MAX_ELEMENTS * 32 * warps
 
 
 def inter_block(
@@ -465,7 +371,7 @@ def inter_block(
         return outs, lse, logits, rstd
     q = fold(queries, key_norms)
     few = few_tokens(num_tokens)
-    if not (few or rows_fit(sources[0], num_queries)):
+    if not (few or rows_fit(sources[0], n, num_queries)):
         assert norm_eps is None, "the first read comes with its norm only from the kernel here"
         wide_reads(q, sources, eps, outs, lse, logits, rstd)
         return outs, lse, logits, rstd
@@ -551,17 +457,13 @@ def inter_block_gradients(
     if num_tokens == 0:
         return torch.zeros_like(queries), torch.zeros_like(key_norms), dsources, _empty_like(queries, weight).zero_()
     q = fold(queries, key_norms)
-    along_query = None
-    if not rows_fit(sources[0], num_queries):
+    if not rows_fit(sources[0], n, num_queries):
         assert norm_eps is None, "the first read comes with its norm only from the kernel here"
         along_query = wide_coefficients(q, sources, lse, logits, rstd, douts, dense(dlse), later, dsources)
-        partial = lse.new_empty((0, 0, width))
+        partial = query_partials(sources, along_query, num_queries)
     else:
         config = row_config("inter_block_backward", sources[0], num_tokens, n)
-        sum_here = num_queries * config.BLOCK <= MAX_ROW_SUMS * 32 * config.num_warps
-        if not sum_here:
-            along_query = torch.empty_like(logits)
-        partial = lse.new_empty((config.programs, sum_here * num_queries + (weight is not None), width))
+        partial = lse.new_empty((config.programs, num_queries + (weight is not None), width))
         p_sources, p_douts = rows(sources, config.TILE), rows(douts, num_queries)
         launch(
             inter_block_backward,
@@ -576,12 +478,9 @@ def inter_block_gradients(
             rstd,
             lse,
             dense(dlse),
-            along_query,
             partial,
-            n,
             num_tokens,
             scale,
-            norm_eps or 0.0,
             D=width,
             BLOCK=config.BLOCK,
             LANES=config.LANES,
@@ -593,18 +492,12 @@ def inter_block_gradients(
             NORM=norm_eps is not None,
             AFFINE=weight is not None,
             CHAINED=len(later) > 0,
-            DQ=sum_here,
             STAGES=config.STAGES,
             p_like=sources[0],
             num_warps=config.num_warps,
             device=sources[0].device,
         )
-    if along_query is None:
-        dqueries, dkey_norms, dweight = sum_partials(partial, queries, key_norms, weight)
-    else:
-        dweight = _empty_like(queries, None) if weight is None else sum_partials(partial, None, None, weight)[2]
-        of_queries = query_partials(sources, along_query, num_queries)
-        dqueries, dkey_norms, _ = sum_partials(of_queries, queries, key_norms, None)
+    dqueries, dkey_norms, dweight = sum_partials(partial, queries, key_norms, weight)
     return dqueries, dkey_norms, dsources, dweight
 
 
