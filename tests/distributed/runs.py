@@ -89,6 +89,27 @@ def run(config: TrainConfig, resume: bool = False, stop: tuple[int, int] | None 
 
     stop: (rank, step), the one process that gets a SIGTERM in that step.
     """
+    return _run(config, resume, stop)
+
+
+def run_exactly(config: TrainConfig) -> tuple[bool, int, float]:
+    """`run` in double precision, the loss and Muon's orthogonalisation too: rounding turns no token to another expert.
+
+    In bfloat16 it does, on some processors, after which no tolerance tells a fault from rounding.
+    """
+    narrow = {name: getattr(torch.Tensor, name) for name in ("float", "bfloat16")}
+    torch.set_default_dtype(torch.float64)
+    try:
+        for name in narrow:
+            setattr(torch.Tensor, name, torch.Tensor.double)
+        return _run(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        for name, cast in narrow.items():
+            setattr(torch.Tensor, name, cast)
+
+
+def _run(config: TrainConfig, resume: bool = False, stop: tuple[int, int] | None = None) -> tuple[bool, int, float]:
     prepare(config)
     take_step = {cls: cls._train_step for cls in (Trainer, ParallelTrainer)}
 
