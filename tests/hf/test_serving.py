@@ -270,10 +270,9 @@ def test_requests_with_different_sampling_run_beside_each_other(served):
     assert [choices[0]["text"] for choices in answers[3:]] == [served.greedy(tokens=20)] * 3
 
 
+@pytest.mark.parametrize("served", ["batched"], indirect=True)
 def test_draws_of_a_batch_follow_the_distribution(served):
     """One token, 128 answers at once, five times: the counts of its tokens against what the model says."""
-    if isinstance(served.engine, OneByOne):
-        pytest.skip("one by one it is transformers' own sampling")
     ids = served.tokenizer("the block", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         want = (served.engine.model(input_ids=ids).logits[0, -1] / 0.7).softmax(-1)
@@ -304,10 +303,10 @@ def test_a_seed_makes_draws_repeatable():
     engine.close()
 
 
+@pytest.mark.parametrize("served", ["batched"], indirect=True)
 def test_a_seed_is_refused_where_requests_draw_from_one_generator(served):
-    if isinstance(served.engine, Batched):
-        status, answer = served.ask({"prompt": "a", "temperature": 1, "seed": 3})
-        assert status == 400 and answer["error"]["message"].startswith("seed must be left out")
+    status, answer = served.ask({"prompt": "a", "temperature": 1, "seed": 3})
+    assert status == 400 and answer["error"]["message"].startswith("seed must be left out")
 
 
 def test_log_probabilities_as_evaluation_harnesses_ask_for_them(served):
