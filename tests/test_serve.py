@@ -1,7 +1,10 @@
 """`attnres serve` in real processes on the loopback address, spoken to by the public client."""
 
+import contextlib
 import functools
+import http.client
 import json
+import os
 import random
 import signal
 import socket
@@ -22,12 +25,12 @@ from attnres.train.tokenizer import ByteTokenizer
 
 pytest.importorskip("transformers")
 openai = pytest.importorskip("openai")
-pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
-LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ .,;:?"
 CONTEXT = 64
 ROUND = 200
+CONNECTIONS = 24
+TEMPLATE = "{% for m in messages %}{{ m['role'] + ':' + m['content'] }}{% endfor %}"
 
 
 class Served:
@@ -39,9 +42,15 @@ class Served:
             self.port = probe.getsockname()[1]
         self.name, self.log = folder.name, log
         argv = ["serve", folder, "--port", self.port, "--device", "cpu", *flags]
+        self.temporary = log.with_suffix(".tmp")
+        self.temporary.mkdir()
         with log.open("w") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "attnres", *map(str, argv)], stdout=file, stderr=file, cwd=folder.parent
+                [sys.executable, "-m", "attnres", *map(str, argv)],
+                stdout=file,
+                stderr=file,
+                cwd=folder.parent,
+                env={**os.environ, "TMPDIR": str(self.temporary)},
             )
 
     def wait_until_up(self):
@@ -82,20 +91,6 @@ class Served:
         return self.tokenizer.decode(out, skip_special_tokens=True)
 
 
-def letter_tokenizer():
-    """One token a letter, so that a stream of tokens is the text."""
-    from tokenizers import Tokenizer, decoders, models
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE(vocab={letter: i + 1 for i, letter in enumerate(LETTERS)}, merges=[]))
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        clean_up_tokenization_spaces=False,
-        chat_template="{% for m in messages %}{{ m['role'] + ':' + m['content'] }}{% endfor %}",
-    )
-
-
 @pytest.fixture(scope="module")
 def servers(finished_run, tmp_path_factory):
     """A training run, and a converted model with continuous batching."""
@@ -104,19 +99,20 @@ def servers(finished_run, tmp_path_factory):
     import attnres.hf
 
     from .hf.converted import build, move_queries
+    from .hf.letters import letter_tokenizer
 
     place = tmp_path_factory.mktemp("served")
     converted = attnres.hf.convert(build("llama", torch.float32, max_position_embeddings=CONTEXT), num_blocks=3)
     move_queries(converted).save_pretrained(place / "upgraded")
-    letter_tokenizer().save_pretrained(place / "upgraded")
-    batching = ("--continuous-batching", "--max-tokens", 40)
+    letter_tokenizer(TEMPLATE).save_pretrained(place / "upgraded")
+    batching = ("--continuous-batching", "--max-tokens", 40, "--max-connections", CONNECTIONS)
     both = {
         "run": Served(finished_run, place / "run.log"),
         "batching": Served(place / "upgraded", place / "batching.log", *batching),
     }
     both["run"].model = attnres.hf.AttnResForCausalLM.from_run(finished_run)
     both["run"].tokenizer = AutoTokenizer.from_pretrained(finished_run)
-    both["batching"].model, both["batching"].tokenizer = converted, letter_tokenizer()
+    both["batching"].model, both["batching"].tokenizer = converted, letter_tokenizer(TEMPLATE)
     try:
         for served in both.values():
             served.wait_until_up()
@@ -159,7 +155,7 @@ def test_chat_goes_through_the_models_template(servers):
 
 def test_a_request_without_max_tokens_ends_at_the_limit(servers):
     served = servers["batching"]
-    prompt = next(p for p in LETTERS if len(served.want(p, tokens=45)) > 40)  # one that meets no end of text
+    prompt = next(p for p in "abcdefgh" if len(served.want(p, tokens=45)) > 40)  # one that meets no end of text
     answer = served.client.completions.create(model=served.name, prompt=prompt)
     assert answer.choices[0].text == served.want(prompt, tokens=40)
 
@@ -172,17 +168,14 @@ def test_temperature_draws(servers):
 
 REFUSED = [
     ({"prompt": ""}, "prompt must be a text"),
-    ({"prompt": ["a", "b"]}, "prompt must be a text"),
     ({"prompt": "a" * 2000}, "the prompt has"),
     ({"max_tokens": 0}, "max_tokens must be a whole number"),
-    ({"max_tokens": 10**6}, "max_tokens must be a whole number"),
     ({"max_tokens": "many"}, "max_tokens must be a whole number"),
     ({"temperature": -1}, "temperature must be"),
     ({"temperature": "hot"}, "temperature must be"),
-    ({"temperature": 0, "top_p": 0.5}, "top_p"),
     ({"top_p": 0}, "top_p must"),
     ({"stop": 3}, "stop must be"),
-    ({"generation_config": "{}"}, "generation_config is not accepted"),
+    ({"generation_config": "{}"}, "'generation_config' is no field"),
 ]
 
 
@@ -191,18 +184,57 @@ def test_bad_requests_get_one_sentence(served, fields, sentence):
     body = {"model": served.name, "prompt": "a", "max_tokens": 3, **fields}
     status, answer = served.post("/v1/completions", json.dumps(body).encode())
     message = json.loads(answer)["error"]["message"]
-    shared = "must be left out: with continuous batching"
-    assert status == 400 and (message.startswith(sentence) or sentence in message or shared in message)
-    assert ". " not in message
+    assert status == 400 and message.startswith(sentence) and ". " not in message
 
 
-def test_what_the_server_itself_refuses(served):
-    assert served.post("/v1/completions", b'{"model":')[0] == 422
-    assert served.post("/v1/completions", b"[1]")[0] == 422
-    assert served.post("/v1/completions", b'{"model": "another", "prompt": "a"}')[0] == 422
+def test_the_client_reads_refusals_and_the_list_of_models(served):
+    with pytest.raises(openai.BadRequestError, match="prompt must be a text"):
+        served.complete("")
+    assert [model.id for model in served.client.models.list()] == [served.name]
+    assert served.client.models.retrieve(served.name).object == "model"
+
+
+def test_what_used_to_be_refused_is_served(served):
+    """Fields that clients send by default, several prompts, more tokens than there is room for."""
+    defaults = {"temperature": 0, "top_p": 0.5, "seed": 1234, "stop": [], "frequency_penalty": 0, "n": 1}
+    answer = served.complete(["a", "query"], logprobs=1, echo=True, extra_body={"suffix": None}, **defaults)
+    assert [choice.text for choice in answer.choices] == ["a" + served.want("a"), "query" + served.want("query")]
+    long = served.complete("a", tokens=10**6, stream=True, temperature=0)
+    assert served.want("a", tokens=20).startswith("".join(chunk.choices[0].text for chunk in long)[:20])
+
+
+def test_what_is_not_served(served):
+    assert served.post("/v1/completions", b'{"model":')[0] == 400
+    assert served.post("/v1/completions", b"[1]")[0] == 400
+    assert served.post("/v1/completions", b'{"model": "another", "prompt": "a"}')[0] == 400
     for path in ("/reset", "/load_model", "/v1/responses"):
         assert served.post(path, b"{}")[0] == 404
     assert served.post("/v1/completions", b" " * (5 << 20))[0] == 413
+
+
+def test_a_web_page_that_rebinds_its_name_gets_no_answer(served):
+    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=60)
+    for host, status in (("evil.example", 403), (f"localhost:{served.port}", 200)):
+        connection.request("GET", "/v1/models", headers={"Host": host})
+        answer = connection.getresponse()
+        answer.read()
+        assert answer.status == status
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /v1/completions HTTP/1.1\r\nHost: a", "a body", "an answer"])
+def test_slow_connections_hold_no_place(servers, sent):
+    """More of them than there are places, each of which waits for its client to go on, and one that asks."""
+    served = servers["batching"]
+    if sent == "a body":
+        sent = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{"
+    if sent == "an answer":
+        sent = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with contextlib.ExitStack() as stack:
+        for _ in range(CONNECTIONS + 5):
+            slow = stack.enter_context(socket.create_connection(("127.0.0.1", served.port)))
+            slow.sendall(sent)
+        status, answer = served.post("/v1/completions", b'{"prompt": "a", "max_tokens": 3}')
+        assert status == 200 and json.loads(answer)["choices"][0]["text"] == served.want("a", 3)
 
 
 def test_messages_must_suit_the_template(servers):
@@ -235,7 +267,7 @@ def traffic(served, count, seed):
             with pytest.raises(openai.BadRequestError):
                 served.complete("", tokens)
         elif kind == "broken":
-            assert served.post("/v1/completions", b'{"prompt": "a", ')[0] == 422
+            assert served.post("/v1/completions", b'{"prompt": "a", ')[0] == 400
         elif kind == "cancelled":
             stream = served.complete(prompt, 30, stream=True)
             next(iter(stream))
@@ -243,7 +275,7 @@ def traffic(served, count, seed):
         else:
             with socket.create_connection(("127.0.0.1", served.port)) as connection:
                 body = json.dumps({"prompt": prompt, "max_tokens": 30}).encode()
-                head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n"
+                head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
                 connection.sendall(head.encode() + body[: -2 * (tokens % 2)] if tokens % 2 else head.encode() + body)
         return None
 
@@ -251,11 +283,8 @@ def traffic(served, count, seed):
         answers = list(pool.map(one, requests))
     wrong = []
     for (kind, prompt, tokens), answer in zip(requests, answers, strict=True):
-        # incomplete characters at the end of a stream are held back
-        if answer is not None and answer != (want := served.want(prompt, tokens)) and not want.startswith(answer):
+        if answer is not None and answer != (want := served.want(prompt, tokens)):
             wrong.append((kind, prompt, tokens, answer, want))
-        if kind == "good" and answer != served.want(prompt, tokens):
-            wrong.append((kind, prompt, tokens, answer, "whole"))
     return wrong
 
 
@@ -280,6 +309,14 @@ def test_sigterm_ends_it_while_it_streams(served):  # the last test: it ends the
     assert "Traceback" not in served.log.read_text()
 
 
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM])
+def test_nothing_is_left_of_a_server_that_ends(server, finished_run, tmp_path, stop):
+    ended = Served(finished_run, tmp_path / "log").wait_until_up()
+    ended.process.send_signal(stop)
+    ended.process.wait(60)
+    assert list(ended.temporary.iterdir()) == []
+
+
 def test_bad_arguments_end_with_one_sentence(server, tmp_path):
     end = server.run("serve", tmp_path / "nothing")
     assert end.status == 2 and "there is no folder" in end.said
@@ -297,7 +334,7 @@ def test_folders_that_hold_no_model(tmp_path):
     with pytest.raises(UsageError, match=r"has no config\.json"):
         command.run([str(tmp_path)])
     (tmp_path / "config.json").write_text('{"model_type": "attnres", "architectures": ["AttnResForCausalLM"]}')
-    with pytest.raises(UsageError, match="cannot be served"):
+    with pytest.raises(UsageError, match="cannot be loaded"):
         command.run([str(tmp_path), "--device", "cpu"])
 
 
@@ -307,11 +344,11 @@ def test_a_tokenizer_that_knows_more_tokens_than_the_model_is_refused(tmp_path):
     shape = dict(vocab_size=256, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
     LlamaForCausalLM(LlamaConfig(**shape, intermediate_size=64)).save_pretrained(tmp_path)
     ByteTokenizer().save(tmp_path)
-    with pytest.raises(UsageError, match=r"cannot be served: the tokenizer of .* knows 257 tokens and the model 256"):
+    with pytest.raises(UsageError, match=r"the tokenizer of .* knows 257 tokens and the model 256"):
         command.run([str(tmp_path)])
 
 
 def test_a_missing_extra_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("attnres.hf.serving.is_serve_available", lambda: False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'attnres\[serve\]'"):
         command.run([str(tmp_path)])

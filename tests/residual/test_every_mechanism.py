@@ -31,6 +31,7 @@ VARIANTS = [
     ("block_attnres", {"block_size": 2, "mixing": "static"}),
     ("full_attnres", {"schedule": "two_phase"}),
     ("block_attnres", {"num_blocks": 2, "schedule": "two_phase"}),
+    ("block_attnres", {"num_blocks": 2, "schedule": "auto"}),
 ]
 TWO_PHASE = [("full_attnres", {"schedule": "two_phase"}), ("block_attnres", {"num_blocks": 2, "schedule": "two_phase"})]
 AS_PRENORM = {"full_attnres", "block_attnres", "laurel", "hyper_connections", "denseformer", "muddformer"}

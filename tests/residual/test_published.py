@@ -1,6 +1,4 @@
-"""Agreement with implementations that others published, where they are installed:
-
-    pip install --no-deps hyper-connections torch-einops-utils fla-core einops
+"""Agreement with implementations that others published; the extra dev brings them.
 
 Hyper-connections and multi-head AttnRes are compared in their own files. (fast-attnres must not be installed for it: it
 has a package of this one's name.)

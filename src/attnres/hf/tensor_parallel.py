@@ -61,7 +61,7 @@ def share_tokens(base: Any, group: ProcessGroup) -> None:
     for sublayer in base.sublayers():
         for name, module in sublayer.named_children():
             if name in LAST and _is_split_by_inputs(module):
-                module.forward = _partial_forward(module, module.forward, group.rank() == 0)
+                module.forward = _partial_forward(module, module.forward, group)
                 sublayer.leaves_partial_sums = True
 
 
@@ -76,13 +76,18 @@ def _is_split_by_inputs(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and isinstance(weight, DTensor) and weight.placements[-1].is_shard(1)
 
 
-def _partial_forward(module: Any, reduced: Callable[[Tensor], Tensor], has_bias: bool) -> Callable[[Tensor], Tensor]:
+def _partial_forward(
+    module: Any, reduced: Callable[[Tensor], Tensor], group: ProcessGroup
+) -> Callable[[Tensor], Tensor]:
     """The projection without the sum over processes where no gradients are asked for; the first one adds the bias."""
 
     def forward(x: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             return reduced(x)
-        return F.linear(x, _local(module.weight), _local(module.bias) if has_bias else None)
+        weight = _local(module.weight)
+        if x.shape[-1] != weight.shape[-1]:  # plans with norms over all heads, or fused matrices, give it whole
+            x = x.chunk(group.size(), -1)[group.rank()]
+        return F.linear(x, weight, _local(module.bias) if group.rank() == 0 else None)
 
     return forward
 

@@ -1,0 +1,36 @@
+"""Connections of which a slow one holds no place that another needs."""
+
+import asyncio
+import itertools
+from typing import Any
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+_births = itertools.count()
+
+
+class Connection(H11Protocol):
+    """Closes, when it comes and there are too many, a connection that the server waits for: the oldest of those whose
+    request is not whole, else of those that have had their answer.
+
+    uvicorn gives a client any time to send its request and counts idle connections like busy ones.
+    """
+
+    dropped = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.birth = next(_births)
+        everyone: Any = self.connections
+        present = [c for c in everyone if not c.dropped]  # uvicorn forgets closed ones later
+        idle = [c for c in present if c is not self and c._is_waited_for()]
+        # uvicorn refuses requests from the limit on, itself counted
+        if self.limit_concurrency is not None and len(present) >= self.limit_concurrency and idle:
+            oldest = min(idle, key=lambda c: (c.cycle is not None and c.cycle.response_complete, c.birth))
+            oldest.dropped = True
+            oldest.transport.abort()
+
+    def _is_waited_for(self) -> bool:
+        """Whether the client is to act next: it has not sent its request, or does not take the end of its answer."""
+        request = self.cycle
+        return request is None or request.more_body or request.response_complete or self.transport.is_closing()
