@@ -1,7 +1,10 @@
 """The ops under torch.compile: values and gradients are those without it, with the oldest torch that is allowed too."""
 
+import warnings
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from attnres import ops
 
@@ -62,3 +65,13 @@ def test_the_forms_that_residual_connections_use(chosen, order, weighted):
 
 def test_a_query_that_is_a_source(chosen):
     assert_same_compiled(lambda q, g, *_: (ops.read_norm_threaded(q, [g, q], None, 1e-3)[0],), leaves()[:2])
+
+
+def test_no_search_for_packages_is_traced():
+    """On a GPU, which fake tensors stand for; torch 2.11 fails at it and later ones warn."""
+    pytest.importorskip("triton")
+    torch.compiler.reset()
+    read = torch.compile(lambda q, a: ops.depth_attention(q, [a, a], q), backend="eager", fullgraph=True)
+    with warnings.catch_warnings(), FakeTensorMode():
+        warnings.simplefilter("error")
+        assert read(torch.empty(8, device="cuda"), torch.empty(3, 8, device="cuda")).is_cuda
