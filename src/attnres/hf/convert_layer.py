@@ -99,6 +99,8 @@ class ConvertedLayer(nn.Module):
     """The arguments of the original forward that linear attention gets; None for all, as softmax attention does."""
     owner: Owner
     recomputed = False
+    _compiled_sublayer: Callable[..., Tensor] | None = None
+    """What `compile` makes of `_sublayer`."""
     checkpoint: Callable[..., Any] = staticmethod(torch.utils.checkpoint.checkpoint)
 
     # what transformers sets, from this model or from one around it that knows nothing of conversions
@@ -126,6 +128,16 @@ class ConvertedLayer(nn.Module):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _new_layer, (type(self).original, self.architecture), self.__getstate__()
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compiles both sublayers with torch.compile, which takes the arguments, for all layers of a kind once.
+
+        Not what stands between them: each layer reads another number of sources, and would be compiled anew for it.
+        """
+        self._compiled_sublayer = torch.compile(self._sublayer, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name != "_compiled_sublayer"}
 
     def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> DepthStream | Tensor:
         entry, attention, mlp = self.architecture, self.first, self.first + 1
@@ -195,11 +207,13 @@ class ConvertedLayer(nn.Module):
             cache = {"cache_params": arguments.get("past_key_values")}
             other = set(self.argument_names) - set(self.attention_takes)
             arguments = {name: value for name, value in arguments.items() if name not in other} | cache
-        return self._sublayer(h, shards, entry.attention_norm, name, entry.after_attention, arguments, ends)
+        run = self._compiled_sublayer or self._sublayer
+        return run(h, shards, entry.attention_norm, name, entry.after_attention, arguments, ends)
 
     def _feed_forward(self, h: Tensor, shards: TokenShards | None) -> Tensor:
         entry = self.architecture
-        return self._sublayer(h, shards, entry.mlp_norm, entry.mlp, entry.after_mlp, {})
+        run = self._compiled_sublayer or self._sublayer
+        return run(h, shards, entry.mlp_norm, entry.mlp, entry.after_mlp, {})
 
     def _sublayer(
         self,
