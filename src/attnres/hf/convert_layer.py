@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from ..errors import UsageError
 from ..model.token_shards import TokenShards
 from ..residual import Residual, State
+from ..residual.base import gather, release
 from .architectures import Architecture
 from .checkpointing import non_reentrant
 from .convert_packing import ENDS, in_pieces
@@ -151,6 +152,8 @@ class ConvertedLayer(nn.Module):
             if kwargs.pop(name, None) is not None:
                 raise UsageError(f"{name} must be None: this {entry.model_type!r} model has no layers that take it")
         residual = rows_on(residual, hidden_states.device)
+        if self.first == 0:
+            gather(residual)
         ends = kwargs.pop(ENDS, None)
         state, shards = self._state(residual, hidden_states)
         if entry.is_parallel(self):
@@ -163,6 +166,7 @@ class ConvertedLayer(nn.Module):
         if mlp + 1 < count:
             return DepthStream(state, mlp + 1, shards)
         h = residual.finish(state)
+        release(residual)
         return h if shards is None else shards.gather(h)
 
     def _parallel(
