@@ -25,6 +25,7 @@ def interpreted():
     if DEVICE.type != "cpu":
         pytest.skip("needs Triton's interpreter, which serves without a GPU only; try CUDA_VISIBLE_DEVICES=")
 
+
 hypothesis.settings.register_profile("any machine", deadline=None)  # a busy one takes its time
 hypothesis.settings.load_profile("any machine")
 

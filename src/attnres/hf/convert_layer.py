@@ -211,12 +211,12 @@ class ConvertedLayer(nn.Module):
             cache = {"cache_params": arguments.get("past_key_values")}
             other = set(self.argument_names) - set(self.attention_takes)
             arguments = {name: value for name, value in arguments.items() if name not in other} | cache
-        run = self._compiled_sublayer or self._sublayer
+        run = self._sublayer if self._compiled_sublayer is None else self._compiled_sublayer
         return run(h, shards, entry.attention_norm, name, entry.after_attention, arguments, ends)
 
     def _feed_forward(self, h: Tensor, shards: TokenShards | None) -> Tensor:
         entry = self.architecture
-        run = self._compiled_sublayer or self._sublayer
+        run = self._sublayer if self._compiled_sublayer is None else self._compiled_sublayer
         return run(h, shards, entry.mlp_norm, entry.mlp, entry.after_mlp, {})
 
     def _sublayer(
