@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from attnres.model.delta_rule import chunked, fla_is_installed, fused, recurrent
+from attnres.model.delta_rule import FLA_INSTALLED, chunked, fused, recurrent
 from attnres.train import hardware
 
 GOAL = 1.3
@@ -103,7 +103,7 @@ def measure(
         return F.scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2), None
 
     forms: dict[str, Callable[..., Any]] = {"chunks": chunked, "softmax": softmax, "recurrence": recurrent}
-    if device.type == "cuda" and fla_is_installed():
+    if device.type == "cuda" and FLA_INSTALLED:
         forms["flash-linear-attention"] = fused
 
     def run(form: Callable[..., Any]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 import os
 import random
 
+import hypothesis
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads cost more than they give
@@ -23,6 +24,10 @@ def interpreted():
     pytest.importorskip("triton")
     if DEVICE.type != "cpu":
         pytest.skip("needs Triton's interpreter, which serves without a GPU only; try CUDA_VISIBLE_DEVICES=")
+
+
+hypothesis.settings.register_profile("any machine", deadline=None)  # a busy one takes its time
+hypothesis.settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")

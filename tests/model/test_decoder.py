@@ -80,6 +80,25 @@ def test_compiles_in_one_graph(name, schedule):
         torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("name", ["full_attnres", "block_attnres"])
+def test_layers_compile_once_a_kind(name):
+    """Whatever number of sources is read in front of them."""
+    model = trained_like(decoder(name, num_hidden_layers=6))
+    want, want_gradients = model(IDS), gradients(model)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    for layer in model.layers:
+        layer.compile(backend=backend, fullgraph=True)
+    torch.testing.assert_close(model(IDS), want)
+    torch.testing.assert_close(gradients(model), want_gradients)
+    assert len(graphs) == 2, "one attention and one MLP"
+
+
 def test_compiles_with_inductor_too():
     torch.compiler.reset()
     model = trained_like(decoder(num_hidden_layers=1))

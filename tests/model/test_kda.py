@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from attnres.errors import UsageError
-from attnres.model.delta_rule import SPAN, chunked, delta_rule, fla_is_installed, fused, recurrent
+from attnres.model.delta_rule import FLA_INSTALLED, SPAN, chunked, delta_rule, fused, recurrent
 from attnres.model.kda import KDAState, KimiDeltaAttention
 
 from ..device import needs_gpu
@@ -376,7 +376,7 @@ def untuned(monkeypatch):
 
 
 @needs_gpu
-@pytest.mark.skipif(not fla_is_installed(), reason="needs the extra fla")
+@pytest.mark.skipif(not FLA_INSTALLED, reason="needs the extra fla")
 @pytest.mark.parametrize("tokens", [1, 65, 300])
 def test_kernels_agree_within_bf16(untuned, tokens):
     arguments = [x.detach().cuda().bfloat16().requires_grad_() for x in inputs(tokens, keys=64, values=64)]

@@ -213,6 +213,25 @@ def test_compiles_in_one_graph(name, options):
     torch.testing.assert_close(torch.autograd.grad(loss, list(model.parameters())), want_gradients)
 
 
+@every
+def test_layers_that_hand_one_tensor_on_compile(name, options):
+    """A layer without effect, and two layers with one output: a mechanism then keeps the same tensor twice."""
+    res = randomised(residual.build(name, DIM, 6, **options))
+    embedding = torch.randn(2, 3, DIM, dtype=torch.float64, requires_grad=True)
+    other = torch.randn(2, 3, DIM, dtype=torch.float64, requires_grad=True)
+    layers = [lambda h: h, lambda h: other, lambda h: other, torch.tanh, torch.zeros_like, lambda h: h]
+    tensors = (embedding, other, *res.parameters())
+
+    def last(*_):
+        return run(res, embedding, layers)[-1]
+
+    torch.compiler.reset()
+    want, got = last(), torch.compile(last, fullgraph=True, backend="eager")()
+    torch.testing.assert_close(got, want)
+    gradients = [torch.autograd.grad(h.sin().sum(), tensors, materialize_grads=True) for h in (got, want)]
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("name", [n for n in residual.names() if n not in ("full_attnres", "block_attnres")])
 def test_runs_on_the_triton_kernels(name, device):
     """In Triton's interpreter where there is no GPU; those of AttnRes itself have tests of their own."""

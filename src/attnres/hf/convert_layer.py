@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from ..errors import UsageError
 from ..model.token_shards import TokenShards
 from ..residual import Residual, State
+from ..residual.base import gather, release
 from .architectures import Architecture
 from .checkpointing import non_reentrant
 from .convert_packing import ENDS, in_pieces
@@ -99,6 +100,8 @@ class ConvertedLayer(nn.Module):
     """The arguments of the original forward that linear attention gets; None for all, as softmax attention does."""
     owner: Owner
     recomputed = False
+    _compiled_sublayer: Callable[..., Tensor] | None = None
+    """What `compile` makes of `_sublayer`."""
     checkpoint: Callable[..., Any] = staticmethod(torch.utils.checkpoint.checkpoint)
 
     # what transformers sets, from this model or from one around it that knows nothing of conversions
@@ -127,6 +130,16 @@ class ConvertedLayer(nn.Module):
     def __reduce__(self) -> tuple[Any, ...]:
         return _new_layer, (type(self).original, self.architecture), self.__getstate__()
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compiles both sublayers with torch.compile, which takes the arguments, for all layers of a kind once.
+
+        Not what stands between them: each layer reads another number of sources, and would be compiled anew for it.
+        """
+        self._compiled_sublayer = torch.compile(self._sublayer, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name != "_compiled_sublayer"}
+
     def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> DepthStream | Tensor:
         entry, attention, mlp = self.architecture, self.first, self.first + 1
         residual = residual_of(self)
@@ -139,6 +152,8 @@ class ConvertedLayer(nn.Module):
             if kwargs.pop(name, None) is not None:
                 raise UsageError(f"{name} must be None: this {entry.model_type!r} model has no layers that take it")
         residual = rows_on(residual, hidden_states.device)
+        if self.first == 0:
+            gather(residual)
         ends = kwargs.pop(ENDS, None)
         state, shards = self._state(residual, hidden_states)
         if entry.is_parallel(self):
@@ -151,6 +166,7 @@ class ConvertedLayer(nn.Module):
         if mlp + 1 < count:
             return DepthStream(state, mlp + 1, shards)
         h = residual.finish(state)
+        release(residual)
         return h if shards is None else shards.gather(h)
 
     def _parallel(
@@ -195,11 +211,13 @@ class ConvertedLayer(nn.Module):
             cache = {"cache_params": arguments.get("past_key_values")}
             other = set(self.argument_names) - set(self.attention_takes)
             arguments = {name: value for name, value in arguments.items() if name not in other} | cache
-        return self._sublayer(h, shards, entry.attention_norm, name, entry.after_attention, arguments, ends)
+        run = self._sublayer if self._compiled_sublayer is None else self._compiled_sublayer
+        return run(h, shards, entry.attention_norm, name, entry.after_attention, arguments, ends)
 
     def _feed_forward(self, h: Tensor, shards: TokenShards | None) -> Tensor:
         entry = self.architecture
-        return self._sublayer(h, shards, entry.mlp_norm, entry.mlp, entry.after_mlp, {})
+        run = self._sublayer if self._compiled_sublayer is None else self._compiled_sublayer
+        return run(h, shards, entry.mlp_norm, entry.mlp, entry.after_mlp, {})
 
     def _sublayer(
         self,

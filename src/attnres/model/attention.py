@@ -80,7 +80,8 @@ class Context(NamedTuple):
     attention, with the signature of `sdpa` (another one may want masks of another kind); absorb: whether `attend` takes
     the wide heads of latent attention's absorbed form; present: [B, T, 1], 0 at padding and else 1, for layers without
     masks, or None for no padding; cu_seqlens: int [N + 1], where N sequences that do not see each other begin and end
-    if all rows follow one another, for linear attention layers (masks say it to the others), or None.
+    if all rows follow one another, for linear attention layers (masks say it to the others), or None;
+    normalise: whether the layer gets what stands before its norm.
     """
 
     cos: Tensor
@@ -91,6 +92,14 @@ class Context(NamedTuple):
     absorb: bool = True
     present: Tensor | None = None
     cu_seqlens: Tensor | None = None
+    normalise: bool = False
+
+
+def layer_input(layer: nn.Module, x_BTD: Tensor, context: Context | None) -> Tensor:
+    """What a layer starts from: x [B, T, D], through the layer's norm first if the context says so."""
+    if getattr(context, "normalise", False):
+        x_BTD = layer.norm(x_BTD)  # type: ignore[operator]
+    return x_BTD
 
 
 class Attention(nn.Module):
@@ -118,6 +127,7 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         """The layer's output [B, T, D] for its already normalised input [B, T, D]."""
+        x_BTD = layer_input(self, x_BTD, context)
         q_BHTE, k_BKTE, v_BKTE = (
             projection(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import UsageError
 from ..residual import State
+from ..residual.base import gather, release
 from .attention import Cache, Context, rotary_factors
 from .cache import KeyValueCache
 from .config import DecoderConfig
@@ -57,9 +58,12 @@ class Backbone(nn.Module):
 
         observe: called before every Transformer block with the state that it reads and its first layer's index.
         """
+        gather(self.residual)
         state = self.residual.start(stream_dtype(embedding))
         state = self.run_layers(state, 0, self.depth, context, observe)
-        return self.residual.finish(state, self.norm)
+        hidden = self.residual.finish(state, self.norm)
+        release(self.residual)
+        return hidden
 
     @property
     def depth(self) -> int:
@@ -85,8 +89,12 @@ class Backbone(nn.Module):
     def _run_layers(self, state: State, first: int, last: int, context: Context) -> State:
         for i in range(first, last):
             layer = self.layers[i]
-            x, state = self.residual.read(state, i, layer.norm)  # type: ignore[arg-type]
-            state = self.residual.write(state, i, layer(x, context))
+            if gathers_norm(layer):
+                x, state = self.residual.read(state, i)
+                state = self.residual.write(state, i, layer(x, context._replace(normalise=True)))
+            else:
+                x, state = self.residual.read(state, i, layer.norm)  # type: ignore[arg-type]
+                state = self.residual.write(state, i, layer(x, context))
         return state
 
     def context(self, tokens: int, device: torch.device, cache: Cache | None = None) -> Context:
@@ -133,6 +141,12 @@ class Decoder(Backbone):
             raise UsageError(f"input_ids must be token ids of shape [batch, tokens]; it is {list(input_ids.shape)}")
         context = self.context(input_ids.shape[1], input_ids.device, cache)
         return self.lm_head(self.hidden(self.embed_tokens(input_ids), context)[:, -logits_to_keep:])
+
+
+def gathers_norm(layer: nn.Module) -> bool:
+    """Whether the weight of a layer's norm is there while the layer runs, and not before: FSDP has sharded the layer,
+    and what did it says nothing else of the norm (`parallel.shard`)."""
+    return hasattr(layer, "unshard") and not getattr(layer, "norm_is_gathered", False)
 
 
 def stream_dtype(embedding: Tensor) -> Tensor:

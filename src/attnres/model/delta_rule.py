@@ -23,7 +23,6 @@ row (B = 1), every sequence starts from a state of its own, and states are [N, H
 from __future__ import annotations
 
 import importlib.util
-from functools import cache
 from itertools import islice, pairwise
 
 import torch
@@ -32,6 +31,8 @@ from torch.nn import functional as F
 
 from ..errors import UsageError
 
+FLA_INSTALLED = importlib.util.find_spec("fla") is not None
+"""Found at import: a compiler that traces a layer must not trace the search for a package."""
 SPAN = 16
 """Chunks whose tensors are made at once: those of a whole long sequence would leave the caches of a CPU."""
 
@@ -48,7 +49,7 @@ def delta_rule(
 ) -> tuple[Tensor, Tensor]:
     """Output o and final state by the fastest form: `recurrent` for one token, else `chunked`, or for half precision
     on CUDA `fused` where flash-linear-attention is installed. Arguments and errors are those of `chunked`."""
-    if v.is_cuda and v.dtype in (torch.bfloat16, torch.float16) and fla_is_installed():
+    if v.is_cuda and v.dtype in (torch.bfloat16, torch.float16) and FLA_INSTALLED:
         return fused(q, k, v, g, beta, initial_state, cu_seqlens)
     if q.shape[1] == 1 and cu_seqlens is None:
         return recurrent(q, k, v, g, beta, initial_state)
@@ -159,11 +160,6 @@ def fused(
         output_final_state=True,
         cu_seqlens=None if cu_seqlens is None else cu_seqlens.long(),
     )
-
-
-@cache
-def fla_is_installed() -> bool:
-    return importlib.util.find_spec("fla") is not None
 
 
 def check_chunk_size(chunk_size: int) -> None:

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import Context
+from .attention import Context, layer_input
 from .config import DecoderConfig
 
 
@@ -20,4 +20,5 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         """The layer's output [B, T, D] for its already normalised input [B, T, D]."""
+        x_BTD = layer_input(self, x_BTD, context)
         return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from ..errors import UsageError
 from ..residual.base import normed
-from .attention import Context
+from .attention import Context, layer_input
 from .delta_rule import check_chunk_size, delta_rule
 
 
@@ -91,6 +91,7 @@ class KimiDeltaAttention(nn.Module):
         With context.cu_seqlens, int [N + 1], the rows, one after the other, hold N sequences that do not see each
         other, and a state has N rows. Raises UsageError if the cache's state is that of another layer.
         """
+        x_BTD = layer_input(self, x_BTD, context)
         cu_seqlens = getattr(context, "cu_seqlens", None)
         present = getattr(context, "present", None)
         if present is not None:

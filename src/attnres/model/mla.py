@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..residual.base import normed
-from .attention import Context
+from .attention import Context, layer_input
 from .config import DecoderConfig
 from .linear import bare_weight
 
@@ -53,6 +53,7 @@ class MultiHeadLatentAttention(nn.Module):
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         """The layer's output [B, T, D] for its already normalised input [B, T, D]."""
+        x_BTD = layer_input(self, x_BTD, context)
         q_BHTE = self.q_proj(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         c_BTR, p_BTP = self.kv_a_proj_with_mqa(x_BTD).split([self.rank, self.shared], -1)
         c_B1SR, p_B1SP = normed(c_BTR, self.kv_a_layernorm).unsqueeze(1), p_BTP.unsqueeze(1)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import UsageError
+from .attention import layer_input
 from .linear import linear_in
 from .token_experts import token_experts
 
@@ -74,6 +75,7 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x_BTD: Tensor, context: Any = None) -> Tensor:
         """The layer's output [B, T, D] for its already normalised input [B, T, D]."""
+        x_BTD = layer_input(self, x_BTD, context)
         x_ND = x_BTD.flatten(0, -2)
         weight_NK, expert_NK = self.route(x_ND)
         expert_R = expert_NK.flatten()

@@ -14,7 +14,6 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -26,6 +25,8 @@ from . import eager, inference, reference
 NAMES = ("auto", "reference", "eager", "triton")
 MAX_TRITON_WIDTH = 8192
 MAX_TRITON_SOURCES = 256
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+"""Found at import: a compiler that traces a read must not trace the search for a package."""
 
 _log = logging.getLogger("attnres")
 _announced: set[str] = set()
@@ -40,7 +41,7 @@ def set_backend(name: str) -> None:
     global _choice
     if name not in NAMES:
         raise ValueError(f"backend must be one of {', '.join(NAMES)}; it is {name!r}")
-    if name == "triton" and not triton_installed():
+    if name == "triton" and not TRITON_INSTALLED:
         raise ValueError("backend 'triton' needs Triton, which is not installed; use 'auto' or install triton")
     _choice = name
 
@@ -61,11 +62,6 @@ def shapes_only() -> Iterator[None]:
         _choice = before
 
 
-@cache
-def triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def select(source: Tensor, num_sources: int = 1) -> Any:
     """The backend module that serves a call whose sources look like `source`."""
     name = _choice
@@ -78,7 +74,7 @@ def select(source: Tensor, num_sources: int = 1) -> Any:
 def _automatic(source: Tensor, num_sources: int) -> str:
     if (
         source.is_cuda
-        and triton_installed()
+        and TRITON_INSTALLED
         and source.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and source.shape[-1] <= MAX_TRITON_WIDTH
         and num_sources <= MAX_TRITON_SOURCES

@@ -53,9 +53,12 @@ def _read(folded: Tensor, eps: float, scale: float, sources: Sequence[Tensor]) -
         weights = (dots * rstds).softmax(0)
         scaled = (weights * scale).unsqueeze(-1)
         h = values[0] * scaled[0]
+        # compiled by torch 2.11, a Function's gradients are wrong where it returns what an operation in place or a cast
+        # to the same dtype has handed back
+        add = torch.addcmul if torch.compiler.is_compiling() else Tensor.addcmul_
         for v, p in zip(values[1:], scaled[1:], strict=True):
-            h.addcmul_(v, p)
-    return h.to(sources[0].dtype), dots, rstds, weights
+            h = add(h, v, p)
+    return h if h.dtype == sources[0].dtype else h.to(sources[0].dtype), dots, rstds, weights
 
 
 class _DepthAttention(torch.autograd.Function):
@@ -92,6 +95,14 @@ class _DepthAttention(torch.autograd.Function):
         return dfolded[0], None, None, *dsources
 
 
+def _distinct(folded: Tensor, sources: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The sources; views of them for torch.compile if a tensor occurs twice, which it refuses in a Function's inputs,
+    or before torch 2.13 loses a part of its gradient for."""
+    if torch.compiler.is_compiling() and len({folded, *sources}) <= len(sources):
+        return [source.view_as(source) for source in sources]
+    return sources
+
+
 def depth_attention(
     query: Tensor,
     sources: Sequence[Tensor],
@@ -103,7 +114,7 @@ def depth_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     folded = fold(query, key_norm, sources[0].dtype)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (folded, *sources)):
-        h, weights = _DepthAttention.apply(folded, eps, scale, *sources)
+        h, weights = _DepthAttention.apply(folded, eps, scale, *_distinct(folded, sources))
     else:  # torch.compile cannot trace a Function whose inputs need no gradient
         h, _, _, weights = _read(folded, eps, scale, sources)
     return (h, weights) if return_weights else h

@@ -38,6 +38,8 @@ def apply(module: nn.Module, mesh: DeviceMesh, expert_mesh: DeviceMesh | None = 
     grouped = _norms(layers) | {parameter for part in experts for parameter in part.parameters()}  # other tensors now
     for block in transformer_blocks(layers):
         fully_shard(block, mesh=data, ignored_params=grouped, reshard_after_forward=reshard)
+        for layer in block:
+            layer.norm_is_gathered = True  # type: ignore[assignment]  # with the root's group
 
 
 def _sharing(mesh: DeviceMesh, replicate: str, shard: str) -> DeviceMesh | None:

@@ -175,6 +175,27 @@ def _on_stacked_rows(reset: Callable[[Any], None]) -> Callable[[Any], None]:
     return reset_rows
 
 
+def gather(residual: nn.Module) -> None:
+    """Before a pass: brings the parameters together that FSDP has sharded as a group of their own.
+
+    FSDP does it when a module is called, and a residual connection's verbs are no call. Raises UsageError unless a
+    model around it is sharded and called, at the end of whose backward pass FSDP reduces what gradients are left.
+    """
+    if hasattr(residual, "unshard"):
+        residual.unshard()  # type: ignore[operator]
+        if torch.is_grad_enabled() and residual._get_fsdp_state()._is_root is not False:  # type: ignore[operator]
+            raise UsageError(
+                "fully_shard was applied to the residual connection and not to the model that was called, so nothing "
+                "would reduce its gradients; apply it to the whole model last, and call that"
+            )
+
+
+def release(residual: nn.Module) -> None:
+    """After a pass without gradients: gives up what `gather` has brought, which a backward pass would do otherwise."""
+    if hasattr(residual, "reshard") and not torch.is_grad_enabled():
+        residual.reshard()  # type: ignore[operator]
+
+
 def split_norm(norm: nn.Module | None, dim: int) -> tuple[Norm | None, nn.Module | None]:
     """(what an op can fold in, what is left to call): one of the two is None, both without a norm.
 
