@@ -58,13 +58,13 @@ def test_the_two_phase_schedule_is_the_same_function(name, residual):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("residual", ["block_attnres", "full_attnres"])
+@pytest.mark.parametrize("sizes", [{"num_blocks": 2}, {"block_size": 1}, {"residual": "full_attnres"}])
 @pytest.mark.parametrize("name", ["llama", "gpt_neox_parallel", "cohere", "phi"])
-def test_the_automatic_schedule_is_the_same_function(name, residual, tmp_path):
+def test_the_automatic_schedule_is_the_same_function(name, sizes, tmp_path):
     original = build(name)
-    model = hf.convert(copy.deepcopy(original), residual, schedule="auto")
+    model = hf.convert(copy.deepcopy(original), **sizes, schedule="auto")
     assert torch.allclose(model(tokens()).logits, original(tokens()).logits, rtol=0, atol=1e-9)
-    moved = move_queries(hf.convert(original, residual))(tokens()).logits
+    moved = move_queries(hf.convert(original, **sizes))(tokens()).logits
     assert torch.allclose(move_queries(model)(tokens()).logits, moved, rtol=0, atol=1e-9)
     model.save_pretrained(tmp_path)
     assert torch.allclose(hf.load(tmp_path)(tokens()).logits, moved, rtol=0, atol=1e-9)
