@@ -153,3 +153,24 @@ def test_a_model_that_is_not_finite_says_nothing(temperature):
     model.layers[1].up_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(Failure, match=r"the model's output is not finite; .* use another checkpoint"):
         next(generate(model, PROMPT, 3, temperature=temperature))
+
+
+def test_attention_of_varying_lengths_is_not_planned(monkeypatch):
+    """cuDNN would build a plan for every new number of keys; who takes the tokens finds torch as it was."""
+    torch.manual_seed(0)
+    model = Decoder(DecoderConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
+    seen, real = [], torch.nn.functional.scaled_dot_product_attention
+
+    def attend(*args, **options):
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return real(*args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        for _ in generate(model, torch.tensor([1, 2]), 3):
+            assert torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+    assert seen == [False] * 3

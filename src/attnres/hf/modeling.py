@@ -21,7 +21,7 @@ from transformers.utils import can_return_tuple, logging
 
 from ..errors import Failure, UsageError
 from ..model import Decoder
-from ..model.attention import Context, rotary_factors
+from ..model.attention import Context, lengths_vary, rotary_factors
 from ..model.decoder import Backbone, expert_std, initial_std
 from ..model.kda import KimiDeltaAttention
 from ..model.moe import MixtureOfExperts
@@ -328,7 +328,8 @@ class AttnResForCausalLM(DraftsItself, AttnResPreTrainedModel, GenerationMixin):
         """transformers' `generate`. Raises UsageError, before anything runs, for a cache that the model cannot have."""
         given = kwargs.get("generation_config") or self.generation_config
         check_generation(self.config, kwargs.get("use_cache", given.use_cache))
-        return super().generate(*args, **kwargs)  # type: ignore[misc]
+        with lengths_vary():
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' manager of continuous batching. Raises UsageError if its cache has no place for some layer."""

@@ -4,7 +4,8 @@ scaled_dot_product_attention.
 Shape suffixes: B batch, T tokens, S keys, H query heads, K key-value heads, E head width, D model width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -70,6 +71,18 @@ def sdpa(layer: Any, q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Tenso
         enable_gqa=q_BHTE.shape[1] != k_BKSE.shape[1],
     )
     return o_BHTE.transpose(1, 2)
+
+
+@contextmanager
+def lengths_vary() -> Iterator[None]:
+    """Within it torch's attention leaves cuDNN alone, which builds a plan for every new number of keys: 60 ms for each
+    token on an H100, where the token itself takes 47."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 class Context(NamedTuple):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import Failure, UsageError
+from .attention import lengths_vary
 from .cache import KeyValueCache
 from .decoder import Decoder
 
@@ -64,7 +65,8 @@ def generate(
     for chunk in earlier:
         model(chunk, cache, logits_to_keep=1)
     for _ in range(max_new_tokens):
-        logits = model(tokens, cache, logits_to_keep=1)[0, -1].float()
+        with lengths_vary():
+            logits = model(tokens, cache, logits_to_keep=1)[0, -1].float()
         if not logits.isfinite().all():
             raise Failure(
                 "the model's output is not finite; its weights or buffers are not, or overflow: use another checkpoint"
