@@ -214,6 +214,28 @@ def test_a_tensor_may_be_used_twice():
     same(got, run(lambda *t: call(reference, *t), tensors), rtol=1e-4, atol=1e-4)
 
 
+def test_a_tensor_may_be_used_twice_in_a_compiled_op():
+    """torch.compile refuses, or before torch 2.13 loses gradients of, a Function's input that comes twice."""
+
+    def call(query, key_norm, a, b):
+        x, handed_on = kernels.read_norm_threaded(query, [a, b, a], key_norm, EPS, scale=1.0, norm=None)
+        queries, key_norms = torch.stack([query, key_norm]), torch.stack([key_norm, query])
+        outs, lses, others = kernels.inter_block_threaded(queries, [a, b, b], key_norms, EPS)
+        total, y = kernels.merge_norm(query, a, a, key_norm, outs[0], lses[0], EPS, scale=1.0, norm=None)
+        twice, z = kernels.add_norm(b, b, norm=(query, NORM_EPS))
+        return x, *handed_on, *outs, *others, total, y, twice, z
+
+    tensors = {
+        "query": randn(WIDTH),
+        "key_norm": randn(WIDTH, seed=1),
+        "a": randn(2, WIDTH),
+        "b": randn(2, WIDTH, seed=1),
+    }
+    tensors = {name: t.requires_grad_() for name, t in tensors.items()}
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    same(run(compiled, tensors), run(call, tensors), rtol=0, atol=0)
+
+
 def test_what_backward_keeps():
     """A read keeps its sources and 2n + 2 numbers a token; a merge three and no row but its inputs and the new sum."""
     tensors = leaves(2, 5)

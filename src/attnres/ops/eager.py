@@ -20,6 +20,7 @@ from . import reference
 from .reference import (
     Norm,
     add_norm,
+    distinct,
     fold,
     inter_block,
     inter_block_threaded,
@@ -95,14 +96,6 @@ class _DepthAttention(torch.autograd.Function):
         return dfolded[0], None, None, *dsources
 
 
-def _distinct(folded: Tensor, sources: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The sources; views of them for torch.compile if a tensor occurs twice, which it refuses in a Function's inputs,
-    or before torch 2.13 loses a part of its gradient for."""
-    if torch.compiler.is_compiling() and len({folded, *sources}) <= len(sources):
-        return [source.view_as(source) for source in sources]
-    return sources
-
-
 def depth_attention(
     query: Tensor,
     sources: Sequence[Tensor],
@@ -114,7 +107,7 @@ def depth_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     folded = fold(query, key_norm, sources[0].dtype)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (folded, *sources)):
-        h, weights = _DepthAttention.apply(folded, eps, scale, *_distinct(folded, sources))
+        h, weights = _DepthAttention.apply(*distinct(folded, eps, scale, *sources))
     else:  # torch.compile cannot trace a Function whose inputs need no gradient
         h, _, _, weights = _read(folded, eps, scale, sources)
     return (h, weights) if return_weights else h

@@ -9,6 +9,7 @@ AttnRes and the two-phase computation), arXiv 2603.15031.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -136,6 +137,15 @@ def merge_norm(
 def add_norm(stream: Tensor, update: Tensor, *, norm: Norm | None) -> tuple[Tensor, Tensor]:
     stream = stream + update
     return stream, rms_norm(stream, norm)
+
+
+def distinct(*inputs: Any) -> tuple[Any, ...]:
+    """Inputs of an autograd.Function; views of the tensors for torch.compile if one occurs twice, which it refuses, or
+    before torch 2.13 loses a part of its gradient for."""
+    tensors = [value for value in inputs if isinstance(value, Tensor)]
+    if not torch.compiler.is_compiling() or len({*tensors}) == len(tensors):
+        return inputs
+    return tuple(value.view_as(value) if isinstance(value, Tensor) else value for value in inputs)
 
 
 def join_reads(earlier: tuple[Tensor, Tensor], later: tuple[Tensor, Tensor], scale: float) -> Tensor:

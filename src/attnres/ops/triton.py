@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reference import Norm, scaled_norm
+from .reference import Norm, distinct, scaled_norm
 from .triton_autograd import AddNorm, InterBlock, Merge, Read, called
 from .triton_inter_block import inter_block as inter_block_now
 from .triton_inter_block import inter_block_op, norm_fits
@@ -98,7 +98,7 @@ def merge_norm(
     weight, norm_eps = norm or (None, None)
     inputs = (query, key_norm, partial, update, out, lse, weight, eps, norm_eps, scale)
     if differentiates(query, key_norm, partial, update, out, lse, weight):
-        return Merge.apply(*inputs)
+        return Merge.apply(*distinct(*inputs))
     total, x, _ = called(merge_now, merge_op)(*inputs)
     return update if partial is None else total, x
 
@@ -134,7 +134,7 @@ def inter_block_threaded(
         return [rms_norm(outs[0], scaled_norm(norm, scale)), *outs[1:]], lses, sources
     weight, norm_eps = norm or (None, None)
     if backward:
-        results = InterBlock.apply(queries, key_norms, weight, eps, norm_eps, scale, *sources)
+        results = InterBlock.apply(*distinct(queries, key_norms, weight, eps, norm_eps, scale, *sources))
         outs, lse, handed_on = results[: len(queries)], results[len(queries)], results[len(queries) + 1 :]
     else:
         inputs = (queries, key_norms, list(sources), weight, eps, norm_eps, scale, len(sources) > 1)
@@ -178,7 +178,7 @@ def _read(
     check_supported(sources[0], len(sources))
     (weight, norm_eps), (out, lse) = norm or (None, None), prior or (None, None)
     if differentiates(query, key_norm, out, lse, weight, *sources):
-        return Read.apply(query, key_norm, out, lse, weight, eps, norm_eps, scale, hand_on, *sources)
+        return Read.apply(*distinct(query, key_norm, out, lse, weight, eps, norm_eps, scale, hand_on, *sources))
     results: Any = called(read_now, read_op)(query, key_norm, list(sources), out, lse, weight, eps, norm_eps, scale)
     return *results, *(sources if hand_on else ())
 
@@ -186,6 +186,6 @@ def _read(
 def _add_norm(stream: Tensor | None, update: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
     check_supported(update)
     if differentiates(stream, update, norm[0]):
-        return AddNorm.apply(stream, update, *norm)
+        return AddNorm.apply(*distinct(stream, update, *norm))
     total, x, _ = called(add_norm_now, add_norm_op)(stream, update, *norm)
     return update if stream is None else total, x
