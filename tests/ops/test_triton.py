@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
-from attnres.ops import reference, triton_inter_block, triton_launch, triton_reduce
+from attnres.ops import reference, triton_inter_block, triton_launch, triton_reduce, triton_table
 from attnres.ops import triton as kernels
 
 from ..device import DEVICE
@@ -167,6 +167,20 @@ def test_first_read_with_its_norm(n, queries, dtype, norm, rows, monkeypatch):
     width = 24
     parameters = [0.3 * randn(queries, width), 1 + 0.1 * randn(queries, width, seed=1), weight_for(norm, width)]
     check(call, parameters, [randn(3, width, seed=10 + i) for i in range(n)], dtype)
+
+
+@pytest.mark.parametrize("kernel", ["inter_block_forward", "inter_block_backward", "read_forward", "read_backward"])
+@pytest.mark.parametrize("tile", [1, 3])
+def test_the_launch_table_decides_on_speed_alone(kernel, tile):
+    def call(module, parameters, sources):
+        queries, key_norms = parameters
+        outs, lses, sources = module.inter_block_threaded(queries, sources, key_norms, 1e-6, norm=(None, 1e-5))
+        x, sources = module.read_norm_threaded(queries[0], sources, key_norms[0], 1e-6, scale=2.0, norm=None)
+        return (*outs, *lses, x, *sources)
+
+    parameters = [0.3 * randn(2, 24), 1 + 0.1 * randn(2, 24, seed=1)]
+    with triton_table.override(kernel, warps=1, tile=tile, programs=2):
+        check(call, parameters, [randn(3, 24, seed=10 + i) for i in range(5)], F32)
 
 
 @pytest.mark.parametrize(

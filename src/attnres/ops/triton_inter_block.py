@@ -464,13 +464,13 @@ def inter_block_gradients(
     else:
         config = row_config("inter_block_backward", sources[0], num_tokens, n)
         partial = lse.new_empty((config.programs, num_queries + (weight is not None), width))
-        p_sources, p_douts = rows(sources, config.TILE), rows(douts, num_queries)
+        p_sources, p_douts = rows(sources, n), rows(douts, num_queries)
         launch(
             inter_block_backward,
             (config.programs,),
             p_sources.pointers,
-            rows(later, config.TILE).pointers if later else None,
-            rows(dsources, config.TILE).pointers,
+            rows(later, n).pointers if later else None,
+            rows(dsources, n).pointers,
             p_douts.pointers,
             q,
             weight,
@@ -486,7 +486,7 @@ def inter_block_gradients(
             LANES=config.LANES,
             VECTOR=config.VECTOR,
             COUNT=p_sources.COUNT,
-            TILE=config.TILE,
+            TILE=n,
             OUTS=p_douts.COUNT,
             QUERIES=num_queries,
             NORM=norm_eps is not None,

@@ -1,8 +1,7 @@
 """How the Triton kernels are launched: what they support, their static configurations, and lists of tensors.
 
 Configurations depend on shapes alone. Nothing is tuned at run time and nothing synchronises, so that a launch can be
-captured in a CUDA graph and runs the same way every time. They were chosen by the registers, spills and wide loads of
-the compiled code (benchmarks/compile_targets.py).
+captured in a CUDA graph and runs the same way every time. What programs of whole rows take stands in `triton_table`.
 """
 
 from collections.abc import Sequence

@@ -19,8 +19,8 @@ from ..errors import UsageError
 
 
 class Line(NamedTuple):
-    """warps a program; tile: most sources held in registers together, longer lists go in tiles of four; programs a
-    multiprocessor; stages: 2 fetches the next token ahead."""
+    """warps a program; tile: most sources held in registers together, longer lists go in tiles of four (phase 1 holds
+    all in its backward pass); programs a multiprocessor; stages: 2 fetches the next token ahead."""
 
     warps: int
     tile: int = 1
@@ -61,11 +61,11 @@ TABLE: dict[str, dict[int, Line]] = {
         8192: Line(16, 4),
     },
     "inter_block_backward": {
-        512: Line(2, 12, 4, 2),
-        1024: Line(4, 12, 2, 2),
-        2048: Line(8, 12, 1, 2),
-        4096: Line(16, 8, 1, 2),
-        8192: Line(16, 4, 1, 1),
+        512: Line(2, programs=4, stages=2),
+        1024: Line(4, programs=2, stages=2),
+        2048: Line(8, programs=1, stages=2),
+        4096: Line(16, programs=1, stages=2),
+        8192: Line(16),
     },
 }
 
