@@ -24,7 +24,7 @@ NORM, NORM_BACKWARD = 2, 3
 AUTOGRAD = ADD
 THREADED = 1  # the kernel that writes the gradient adds what it was handed
 
-FEW_QUERIES = 4  # so many queries at most has phase 1 that holds a row of each in registers
+FEW_QUERIES, FEW_SOURCES = 4, 12  # for so many at most phase 1 holds all rows of a token in registers, up to D=4096
 
 
 class Passes(NamedTuple):
@@ -68,9 +68,10 @@ def inter_block(n: int, queries: int, join: float = 0, normed: bool = False) -> 
     """Phase 1: finished blocks in, a read a query out; back: blocks and gradients of reads in, n gradients out. One
     block is its own read, which is not written. normed: the norm of the first read too.
 
-    Beyond FEW_QUERIES the blocks are read again for the gradients of the queries, and the norm is a kernel of its own.
+    Beyond FEW_QUERIES and FEW_SOURCES the blocks are read again for the gradients of the queries, and the norm is a
+    kernel of its own.
     """
-    few = queries <= FEW_QUERIES
+    few = queries <= FEW_QUERIES and n <= FEW_SOURCES
     written = queries if n > 1 else normed and few
     apart = norm() if normed and not few else Passes(0, 0)
     return Passes(n + written + apart.forward, (2 + join + (not few)) * n + queries + apart.backward)
@@ -218,12 +219,13 @@ def full_two_phase_rows(L: int, layerwise_first: bool = True, size: int | None =
     return Passes(sum(step.forward for step in steps), joins + sum(step.backward for step in steps))
 
 
-def inference_rows(L: int, S: int) -> float:
+def inference_rows(L: int, S: int, few_tokens: bool = False) -> float:
     """Forward passes without gradients. Phase 1 opens the first block too: that the pending sum is in the merge saves
-    more than the embedding costs."""
+    more than the embedding costs. few_tokens: as in decoding, where the first read always comes with its norm."""
     passes = 0.0
     for n, s in blocks(L, S):
-        passes += inter_block(n, s, normed=True).forward + ADD * (s > 1)
+        passes += ADD * (s > 1)
+        passes += n + (s if n > 1 else 1) if few_tokens else inter_block(n, s, normed=True).forward
         passes += sum(merge(first=j == 1).forward for j in range(1, s))
     return passes + read(len(blocks(L, S)) + 1).forward
 

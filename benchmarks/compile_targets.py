@@ -127,7 +127,7 @@ def operations(shape: Shape) -> Iterator[tuple[Callable[[], Any], dict[str, Any]
         yield lambda prior=prior: reads[0](q, q, sources, *prior, q, *norm, scale), counts
         yield lambda prior=prior: reads[1](q, q, sources, *prior, q, stats, x, sources, 1e-6, scale), counts
     inter_block, inter_block_gradients = triton_inter_block.inter_block, triton_inter_block.inter_block_gradients
-    folded = (q, 1e-6) if triton_inter_block.rows_fit(x, queries) else (None, None)  # the first read's norm
+    folded = (q, 1e-6) if triton_inter_block.rows_fit(x, n, queries) else (None, None)  # the first read's norm
     lses, logits, rstd = numbers(queries, TOKENS), numbers(TOKENS, n, queries), numbers(TOKENS, n + 1)
     kept, counts = (lses, logits, rstd), {"sources": n, "queries": queries}
     yield lambda: inter_block(s, s, sources, folded[0], 1e-6, folded[1], scale, True), counts

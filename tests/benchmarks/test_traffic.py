@@ -87,6 +87,7 @@ class Traffic(TorchDispatchMode):
 @pytest.fixture
 def traffic(monkeypatch: pytest.MonkeyPatch) -> Iterator[Traffic]:
     ops.set_backend("triton")
+    monkeypatch.setattr(triton_inter_block, "few_tokens", lambda num_tokens: False)  # as in training
     yield Traffic(monkeypatch)
     ops.set_backend("auto")
 
@@ -141,15 +142,16 @@ def test_a_read_that_goes_on_from_phase_1(benchmarks: Path, traffic: Traffic, n:
     assert moved == list(byte_model.read(n, byte_model.THREADED if threaded else 0, prior=True))
 
 
-def test_phase_1_holds_as_many_queries_as_the_model_says(benchmarks: Path) -> None:
+def test_phase_1_holds_as_many_rows_as_the_model_says(benchmarks: Path) -> None:
     import byte_model
 
     assert byte_model.FEW_QUERIES == triton_inter_block.MAX_QUERIES
+    assert byte_model.FEW_SOURCES == triton_inter_block.MAX_SOURCES
 
 
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("threaded", [False, True])
-@pytest.mark.parametrize(("n", "queries"), [(1, 3), (1, 5), (2, 1), (2, 4), (13, 2), (5, 6)])
+@pytest.mark.parametrize(("n", "queries"), [(1, 3), (1, 5), (2, 1), (2, 4), (12, 2), (13, 2), (5, 6)])
 def test_phase_1(benchmarks: Path, traffic: Traffic, n: int, queries: int, threaded: bool, normed: bool) -> None:
     import byte_model
 
@@ -250,8 +252,12 @@ def test_full_two_phase_path(
 
 
 @pytest.mark.parametrize(("L", "S"), [(7, 3), (4, 4), (3, 1), (12, 6)])
-def test_path_without_gradients(benchmarks: Path, traffic: Traffic, L: int, S: int) -> None:
+def test_path_without_gradients(
+    benchmarks: Path, traffic: Traffic, monkeypatch: pytest.MonkeyPatch, L: int, S: int
+) -> None:
     import byte_model
 
     block = BlockAttnRes(WIDTH, L, block_size=S, stream_scale=True, schedule="two_phase")
     assert path(traffic, block, L, gradients=False) == [byte_model.inference_rows(L, S)]
+    monkeypatch.setattr(triton_inter_block, "few_tokens", lambda num_tokens: True)
+    assert path(traffic, block, L, gradients=False) == [byte_model.inference_rows(L, S, few_tokens=True)]

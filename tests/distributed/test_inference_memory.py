@@ -32,6 +32,7 @@ def test_the_blocks_of_a_long_prompt_are_the_papers(tp, chunk, gigabytes):
         ({"residual_options": {"num_blocks": 4}}, "cpu", 4 + 2 + 1),  # sources, two results ahead, an update
         ({"residual_options": {"num_blocks": 4}}, "cuda", 4 + 2 + 1),
         ({"residual": "full_attnres"}, "cpu", 13),
+        ({"residual": "full_attnres"}, "cuda", 13),  # what a group's layers have not written, phase 1 has
     ],
 )
 def test_what_is_kept_over_depth(residual, device, tensors):

@@ -143,8 +143,8 @@ def test_what_is_in_flight_follows_the_schedule():
 
     assert [rank.in_flight for rank in ranks("GPipe", 1)] == [[8]] * 4
     assert [rank.in_flight for rank in ranks("1F1B", 1)] == [[4], [3], [2], [1]]
-    (size,) = {size.kept for size in footprints(config, [0, 4, 8, 12, 16], (1, 4, 16), BF16)[1:3]}
-    assert [rank.activation_bytes for rank in ranks("1F1B", 1)[1:3]] == [3 * size, 2 * size]
+    second, third = (size.kept for size in footprints(config, [0, 4, 8, 12, 16], (1, 4, 16), BF16)[1:3])
+    assert [rank.activation_bytes for rank in ranks("1F1B", 1)[1:3]] == [3 * second, 2 * third]
     folded = ranks("ZBVZeroBubble", 2)
     assert all(a.activation_bytes > b.activation_bytes for a, b in zip(ranks("GPipe", 1), folded, strict=True))
 

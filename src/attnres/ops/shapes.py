@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .eager import inter_block, inter_block_threaded, merge, merge_norm
+from .eager import merge, merge_norm
 from .reference import Norm, statistics_dtype
 
 __all__ = [
@@ -27,15 +27,35 @@ __all__ = [
 
 
 class _Read(torch.autograd.Function):
-    """One read keeps its sources, its parameters and 2n + 2 numbers a token."""
+    """One read keeps its sources and what it goes on from, its parameters, and two numbers a source and token and two a
+    token."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key_norm: Tensor, weight: Tensor | None, *sources: Tensor) -> Tensor:
-        kept = sources[0].new_empty(
-            (*sources[0].shape[:-1], 2 * len(sources) + 2), dtype=statistics_dtype(sources[0].dtype)
-        )
-        ctx.save_for_backward(query, key_norm, weight, kept, *sources)
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key_norm: Tensor | None,
+        weight: Tensor | None,
+        out: Tensor | None,
+        lse: Tensor | None,
+        *sources: Tensor,
+    ) -> Tensor:
+        numbers = _statistics(sources[0], 2 * len(sources) + 2)
+        ctx.save_for_backward(query, key_norm, weight, out, lse, numbers, *sources)
         return torch.empty_like(sources[0])
+
+
+class _InterBlock(torch.autograd.Function):
+    """Phase 1 keeps its sources, its parameters and fp32 numbers a token: of each query, each source, and each two."""
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, key_norms: Tensor | None, *sources: Tensor) -> tuple[Tensor, ...]:
+        first, n, count = sources[0], len(sources), len(queries)
+        lse = _statistics(first, count).movedim(-1, 0)
+        ctx.save_for_backward(
+            queries, key_norms, lse, _statistics(first, n * count), _statistics(first, n + 1), *sources
+        )
+        return lse, *(torch.empty_like(first) for _ in range(count if n > 1 else 0))
 
 
 class _Norm(torch.autograd.Function):
@@ -43,7 +63,7 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, weight: Tensor | None) -> Tensor:
-        ctx.save_for_backward(h, weight, _statistic(h))
+        ctx.save_for_backward(h, weight, _statistics(h))
         return torch.empty_like(h)
 
 
@@ -56,14 +76,34 @@ def depth_attention(
     *,
     scale: float = 1.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    h = _Read.apply(query, key_norm, None, *sources)
-    return (h, torch.stack([_statistic(source) for source in sources])) if return_weights else h
+    h = _Read.apply(query, key_norm, None, None, None, *sources)
+    return (h, _statistics(sources[0], len(sources)).movedim(-1, 0)) if return_weights else h
+
+
+def inter_block(
+    queries: Tensor, sources: Sequence[Tensor], key_norms: Tensor | None, eps: float = 1e-6
+) -> tuple[list[Tensor], list[Tensor]]:
+    lse, *outs = _InterBlock.apply(queries, key_norms, *sources)
+    return outs or [sources[0]] * len(queries), list(lse.unbind(0))
+
+
+def inter_block_threaded(
+    queries: Tensor,
+    sources: Sequence[Tensor],
+    key_norms: Tensor | None,
+    eps: float,
+    *,
+    scale: float = 1.0,
+    norm: Norm | None = None,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    outs, lses = inter_block(queries, sources, key_norms, eps)
+    return [rms_norm(outs[0], norm), *outs[1:]], lses, list(sources)
 
 
 def read_norm(
     query: Tensor, sources: Sequence[Tensor], key_norm: Tensor, eps: float, *, scale: float, norm: Norm | None
 ) -> Tensor:
-    return _Read.apply(query, key_norm, None if norm is None else norm[0], *sources)
+    return _Read.apply(query, key_norm, None if norm is None else norm[0], None, None, *sources)
 
 
 def read_norm_threaded(
@@ -76,8 +116,8 @@ def read_norm_threaded(
     norm: Norm | None,
     prior: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    earlier = () if prior is None else prior
-    return _Read.apply(query, key_norm, None if norm is None else norm[0], *sources, *earlier), list(sources)
+    out, lse = prior or (None, None)
+    return _Read.apply(query, key_norm, None if norm is None else norm[0], out, lse, *sources), list(sources)
 
 
 def add_norm(stream: Tensor, update: Tensor, *, norm: Norm | None) -> tuple[Tensor, Tensor]:
@@ -89,5 +129,6 @@ def rms_norm(h: Tensor, norm: Norm | None) -> Tensor:
     return h if norm is None else _Norm.apply(h, norm[0])
 
 
-def _statistic(source: Tensor) -> Tensor:
-    return source.new_empty(source.shape[:-1], dtype=statistics_dtype(source.dtype))
+def _statistics(source: Tensor, count: int = 1) -> Tensor:
+    """So many numbers a token."""
+    return source.new_empty(*source.shape[:-1], count, dtype=statistics_dtype(source.dtype))

@@ -115,11 +115,15 @@ class FullAttnRes(DepthAttention):
     def num_sources(self, layer: int) -> int:
         return 1 + (layer if self.window is None else min(layer, self.window))
 
+    def two_phase(self, tensor: Tensor) -> bool:
+        """Whether phase 1 serves a whole group. On CPUs single reads are faster, without gradients too."""
+        return super().two_phase(tensor) and (self.schedule == "two_phase" or tensor.is_cuda)
+
     def _opens_group(self, state: FullState, layer: int) -> bool:
         if layer % self.group_size or layer == self.num_layers or self.window is not None:
             return False
-        # on GPUs it pays, but not for one layer or one source
-        if self.schedule == "auto" and (self.group_size == 1 or layer == 0 or not state.outputs[0].is_cuda):
+        # for one layer or one source it does not pay
+        if self.schedule == "auto" and (self.group_size == 1 or layer == 0):
             return False
         return self.two_phase(state.outputs[0])
 
