@@ -13,10 +13,12 @@ class Connection(H11Protocol):
     """Closes, when it comes and there are too many, a connection that the server waits for: the oldest of those whose
     request is not whole, else of those that have had their answer.
 
-    uvicorn gives a client any time to send its request and counts idle connections like busy ones.
+    uvicorn gives a client any time to send its request and counts idle connections like busy ones, and closed ones for a
+    while; so it does not count here.
     """
 
     dropped = False
+    limit_concurrency: int | None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -24,11 +26,15 @@ class Connection(H11Protocol):
         everyone: Any = self.connections
         present = [c for c in everyone if not c.dropped]  # uvicorn forgets closed ones later
         idle = [c for c in present if c is not self and c._is_waited_for()]
-        # uvicorn refuses requests from the limit on, itself counted
-        if self.limit_concurrency is not None and len(present) >= self.limit_concurrency and idle:
-            oldest = min(idle, key=lambda c: (c.cycle is not None and c.cycle.response_complete, c.birth))
-            oldest.dropped = True
-            oldest.transport.abort()
+        limit, self.limit_concurrency = self.limit_concurrency, None
+        if limit is None or len(present) < limit:
+            return
+        if not idle:
+            self.limit_concurrency = 0  # uvicorn answers its request with 503 and closes it
+            return
+        oldest = min(idle, key=lambda c: (c.cycle is not None and c.cycle.response_complete, c.birth))
+        oldest.dropped = True
+        oldest.transport.abort()
 
     def _is_waited_for(self) -> bool:
         """Whether the client is to act next: it has not sent its request, or does not take the end of its answer."""
