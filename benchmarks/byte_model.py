@@ -190,8 +190,9 @@ def two_phase_rows(L: int, S: int, join: float = THREADED) -> Passes:
 
 def groups(L: int, size: int | None = None) -> list[tuple[int, int]]:
     """Full AttnRes in two phases: (the embedding and outputs before it, its layers) of every group; size: the layers in
-    a group, about sqrt(L)."""
-    size = size or math.isqrt(L - 1) + 1
+    a group, by default a divisor of L from sqrt(L) to 1.5 sqrt(L), or the root, rounded up."""
+    root = math.isqrt(L - 1) + 1
+    size = size or next((s for s in range(root, int(1.5 * math.sqrt(L)) + 1) if L % s == 0), root)
     return [(first + 1, min(size, L - first)) for first in range(0, L, size)]
 
 

@@ -114,6 +114,16 @@ def test_designs_are_ordered(benchmarks: Path) -> None:
         assert threaded < full_two_phase < full
 
 
+@pytest.mark.parametrize(("layers", "most"), [(16, 23.2), (24, 28.2), (32, 32.0), (48, 37.0), (64, 42.1), (128, 57.8)])
+def test_passes_of_full_attnres_in_two_phases(benchmarks: Path, layers: int, most: float) -> None:
+    import byte_model
+
+    found = byte_model.full_two_phase_rows(layers).total
+    assert found / layers <= most
+    sizes = range(2, 20)
+    assert found <= 1.02 * min(byte_model.full_two_phase_rows(layers, size=size).total for size in sizes)
+
+
 def test_the_page_shows_what_the_model_says(benchmarks: Path) -> None:
     import byte_model
 

@@ -237,7 +237,7 @@ def test_layer_by_layer_path(benchmarks: Path, traffic: Traffic, L: int, S: int)
         assert path(traffic, FullAttnRes(WIDTH, L), L) == list(byte_model.per_read_threaded(L, S))
 
 
-@pytest.mark.parametrize(("L", "size"), [(1, None), (2, None), (5, None), (10, None), (11, 5)])
+@pytest.mark.parametrize(("L", "size"), [(1, None), (2, None), (5, None), (10, None), (17, 4), (11, 5)])
 def test_full_two_phase_path(
     benchmarks: Path, traffic: Traffic, monkeypatch: pytest.MonkeyPatch, L: int, size: int | None
 ) -> None:

@@ -81,7 +81,7 @@ class FullAttnRes(DepthAttention):
         if window is not None and schedule == "two_phase":
             raise UsageError("schedule='two_phase' reads all layer outputs at once; take 'auto' with a window")
         self.window = window
-        self.group_size = math.isqrt(num_layers - 1) + 1
+        self.group_size = group_size(num_layers)
         self.add_parameters()
 
     def start(self, embedding: Tensor) -> FullState:
@@ -161,3 +161,11 @@ class FullAttnRes(DepthAttention):
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.window is None else f", window={self.window}")
+
+
+def group_size(num_layers: int) -> int:
+    """Layers in a group of the two-phase schedule: a divisor of their number between its root and half as much again,
+    or the root, rounded up. A short last group would pay for a pass over everything before it like a whole one."""
+    root = math.isqrt(num_layers - 1) + 1
+    sizes = range(root, int(1.5 * math.sqrt(num_layers)) + 1)
+    return next((size for size in sizes if num_layers % size == 0), root)
