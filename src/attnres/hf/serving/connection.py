@@ -13,8 +13,8 @@ class Connection(H11Protocol):
     """Closes, when it comes and there are too many, a connection that the server waits for: the oldest of those whose
     request is not whole, else of those that have had their answer.
 
-    uvicorn gives a client any time to send its request and counts idle connections like busy ones, and closed ones for a
-    while; so it does not count here.
+    uvicorn gives a client any time to send its request and counts idle connections like busy ones, and closed ones for
+    a while; so it does not count here.
     """
 
     dropped = False
