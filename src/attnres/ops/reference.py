@@ -142,8 +142,10 @@ def add_norm(stream: Tensor, update: Tensor, *, norm: Norm | None) -> tuple[Tens
 def distinct(*inputs: Any) -> tuple[Any, ...]:
     """Inputs of an autograd.Function; views of the tensors for torch.compile if one occurs twice, which it refuses, or
     before torch 2.13 loses a part of its gradient for."""
+    if not torch.compiler.is_compiling():
+        return inputs
     tensors = [value for value in inputs if isinstance(value, Tensor)]
-    if not torch.compiler.is_compiling() or len({*tensors}) == len(tensors):
+    if len({*tensors}) == len(tensors):
         return inputs
     return tuple(value.view_as(value) if isinstance(value, Tensor) else value for value in inputs)
 

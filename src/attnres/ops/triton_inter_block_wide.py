@@ -11,12 +11,14 @@ a token: n + S forward, 3n + S backward, and n for dq, which `triton_reduce.quer
 # ruff: noqa: RUF005
 # mypy: disable-error-code="assignment"
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_launch import chunk_config, launch, rows
+from .triton_launch import ChunkConfig, chunk_config, launch, rows
 from .triton_rows import join, joined_sums, load_rows, num_tiles, row_pointer, store_gradient
 
 
@@ -253,6 +255,25 @@ def fold(queries: Tensor, key_norms: Tensor) -> Tensor:
     return (queries.float() * key_norms.float()).contiguous()
 
 
+def _constants(config: ChunkConfig, sources: list[Tensor], num_queries: int, count: int, outs: int) -> dict[str, Any]:
+    """What both kernels are compiled for, and how they are launched."""
+    return dict(
+        D=sources[0].shape[-1],
+        BLOCK=config.BLOCK,
+        LANES=config.LANES,
+        COUNT=count,
+        TILE=config.TILE,
+        OUTS=outs,
+        GROUP=config.GROUP,
+        SOURCES=triton.next_power_of_2(len(sources)),
+        QUERIES=triton.next_power_of_2(num_queries),
+        p_like=sources[0],
+        num_warps=config.num_warps,
+        maxnreg=config.maxnreg,
+        device=sources[0].device,
+    )
+
+
 def wide_reads(
     q: Tensor,
     sources: list[Tensor],
@@ -264,7 +285,7 @@ def wide_reads(
 ) -> None:
     """Fills outs (S reads, or none: for one source they are not written), lse [S, ...], logits [..., n, S] and rstd
     [..., n + 1]. q: folded queries, [S, D] fp32."""
-    n, num_queries, width = len(sources), *q.shape
+    n, num_queries = len(sources), q.shape[0]
     num_tokens = rstd.numel() // (n + 1)
     config = chunk_config(sources[0], n, num_queries, backward=False)
     p_sources, p_outs = rows(sources, config.TILE), rows(outs or sources[:1], config.GROUP)
@@ -282,20 +303,8 @@ def wide_reads(
         num_queries,
         num_tokens,
         eps,
-        D=width,
-        BLOCK=config.BLOCK,
-        LANES=config.LANES,
-        COUNT=p_sources.COUNT,
-        TILE=config.TILE,
-        OUTS=p_outs.COUNT,
-        GROUP=config.GROUP,
-        SOURCES=triton.next_power_of_2(n),
-        QUERIES=triton.next_power_of_2(num_queries),
         MIX=len(outs) > 0,
-        p_like=sources[0],
-        num_warps=config.num_warps,
-        maxnreg=config.maxnreg,
-        device=sources[0].device,
+        **_constants(config, sources, num_queries, p_sources.COUNT, p_outs.COUNT),
     )
 
 
@@ -313,7 +322,7 @@ def wide_coefficients(
     """Fills dsources; the coefficients c [..., n, S] of dq.
 
     q: folded queries, [S, D] fp32; later: what is added to dsources, or nothing."""
-    n, num_queries, width = len(sources), *q.shape
+    n, num_queries = len(sources), q.shape[0]
     num_tokens = rstd.numel() // (n + 1)
     config = chunk_config(sources[0], n, num_queries, backward=True)
     p_sources = rows(sources, config.TILE)
@@ -337,19 +346,7 @@ def wide_coefficients(
         n,
         num_queries,
         num_tokens,
-        D=width,
-        BLOCK=config.BLOCK,
-        LANES=config.LANES,
-        COUNT=p_sources.COUNT,
-        TILE=config.TILE,
-        OUTS=p_douts.COUNT,
-        GROUP=config.GROUP,
-        SOURCES=triton.next_power_of_2(n),
-        QUERIES=triton.next_power_of_2(num_queries),
         CHAINED=len(later) > 0,
-        p_like=sources[0],
-        num_warps=config.num_warps,
-        maxnreg=config.maxnreg,
-        device=sources[0].device,
+        **_constants(config, sources, num_queries, p_sources.COUNT, p_douts.COUNT),
     )
     return along_query
