@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..errors import UsageError
 from ..ops import reference
-from .base import Residual, State, normed, split_norm
+from .base import Residual, State, normed, split_scaled
 from .weighing import Weighing
 
 SCHEDULES = ("auto", "layerwise", "two_phase")
@@ -140,8 +140,7 @@ class DepthAttention(Residual):
         if not self.fused:
             inside, behind = (scale, 1.0) if norm is None else (1.0, scale)
             return normed(self.attend(layer, sources, inside)[0], norm, behind), sources
-        fold, rest = split_norm(norm, self.dim)
-        inside, behind = (scale, 1.0) if rest is None else (1.0, scale)
+        fold, inside, rest, behind = split_scaled(norm, self.dim, scale)
         query, key_norm = self.queries(folded, layer)
         if layer == self.num_layers:  # nobody reads after the output read
             x = ops.read_norm(query, sources, key_norm, self.eps, scale=inside, norm=fold)

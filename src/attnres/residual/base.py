@@ -206,6 +206,15 @@ def split_norm(norm: nn.Module | None, dim: int) -> tuple[Norm | None, nn.Module
     return None, norm
 
 
+def split_scaled(norm: nn.Module | None, dim: int, scale: float) -> tuple[Norm | None, float, nn.Module | None, float]:
+    """(what an op can fold in, the scale that goes with it, what is left to call, the scale in front of that).
+
+    A scale stays with the norm behind it: their product with a read, which may be beyond fp16, is then never made.
+    """
+    fold, rest = split_norm(norm, dim)
+    return (fold, scale, None, 1.0) if rest is None else (None, 1.0, rest, scale)
+
+
 def normed(h: Tensor, norm: nn.Module | None, scale: float = 1.0) -> Tensor:
     """scale * h [..., D] through the norm, if there is one."""
     fold, rest = split_norm(norm, h.shape[-1])

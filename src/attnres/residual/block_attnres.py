@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..errors import UsageError
 from .attention import DepthAttention
-from .base import check_turn, normed, split_norm
+from .base import check_turn, normed, split_norm, split_scaled
 from .registry import register
 
 
@@ -165,10 +165,8 @@ class BlockAttnRes(DepthAttention):
         left = self._block_end[self.block_starts[self._block_of[layer]]] - layer
         check_turn(update is not None and len(state.outs) == left, "read", layer)
         assert update is not None
-        fold, rest = split_norm(norm, self.dim)
         query, key_norm = self.queries(state.folded, layer)
-        scale = self.scale(len(state.blocks) + 1)
-        inside, behind = (scale, 1.0) if rest is None else (1.0, scale)
+        fold, inside, rest, behind = split_scaled(norm, self.dim, self.scale(len(state.blocks) + 1))
         partial, x = ops.merge_norm(
             query, state.partial, update, key_norm, state.outs[0], state.lses[0], self.eps, scale=inside, norm=fold
         )

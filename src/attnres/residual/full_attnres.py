@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..errors import UsageError
 from .attention import DepthAttention
-from .base import check_turn, normed, split_norm
+from .base import check_turn, normed, split_norm, split_scaled
 from .registry import register
 
 
@@ -143,9 +143,7 @@ class FullAttnRes(DepthAttention):
         first, left = start + 1, min(start + self.group_size, self.num_layers) - layer
         check_turn(len(state.outs) == left and len(state.outputs) == layer + 1, "read", layer)
         earlier, own = state.outputs[:first], state.outputs[first:]
-        fold, rest = split_norm(norm, self.dim)
-        scale = self.scale(len(state.outputs))
-        inside, behind = (scale, 1.0) if rest is None else (1.0, scale)
+        fold, inside, rest, behind = split_scaled(norm, self.dim, self.scale(len(state.outputs)))
         query, key_norm = self.queries(state.folded, layer)
         x, handed_on = ops.read_norm_threaded(
             query,
