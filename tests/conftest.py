@@ -8,6 +8,8 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads cost more than they give
 
+from attnres import ops
+
 from .command_line import Server
 from .device import DEVICE
 
@@ -24,6 +26,16 @@ def interpreted():
     pytest.importorskip("triton")
     if DEVICE.type != "cpu":
         pytest.skip("needs Triton's interpreter, which serves without a GPU only; try CUDA_VISIBLE_DEVICES=")
+
+
+@pytest.fixture(autouse=True)
+def backend_as_it_was():
+    """No test leaves another backend behind: the next one, in another file, would fail or test something else."""
+    before = ops.backend()
+    yield
+    after = ops.backend()
+    ops.set_backend(before)
+    assert after == before, f"the test left the backend {after!r} behind; put {before!r} back"
 
 
 hypothesis.settings.register_profile("any machine", deadline=None)  # a busy one takes its time
