@@ -112,7 +112,8 @@ def test_stopping_a_whole_process_group_spares_the_data_workers(server, tiny, tm
 
 def test_a_closed_terminal_stops_a_run_unless_nohup_keeps_it(server, tiny, tmp_path):
     hangup = AT_STEP.format(step=5, action=kill("SIGHUP"))
-    end = server.run("train", *tiny, "--out", tmp_path / "run", patch=hangup)
+    heeded = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # the tests may run under nohup themselves
+    end = server.run("train", *tiny, "--out", tmp_path / "run", patch=heeded + hangup)
     assert end.status == 0 and f"stopped at step 5, saved as {tmp_path}/run/checkpoints/step-00000005" in end.err
     ignored = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
     end = server.run("train", "--resume", "--out", tmp_path / "run", patch=ignored + hangup.replace("== 5", "== 7"))
