@@ -15,8 +15,7 @@ demo: $(VENV)/.train
 	$(BIN)/attnres compare --out runs/compare
 
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs --durations=20 tests/distributed  # these start processes themselves
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs --durations=20 --ignore tests/distributed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -rs --durations=20
 
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
