@@ -25,7 +25,7 @@ from torch import Tensor
 import ops as ops_script
 from attnres import ops
 from attnres.residual import BlockAttnRes, FullAttnRes, PreNorm
-from attnres.train import hardware
+from attnres.run import hardware
 
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-4}  # relative, of any output or gradient
 L2_BYTES = 120e6  # more than any L2 cache holds: inputs of this size come from memory each time

@@ -30,7 +30,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from attnres.ops import triton_inter_block, triton_launch, triton_merge, triton_norm, triton_read
+from attnres.ops.triton import inter_block as triton_inter_block
+from attnres.ops.triton import launch as triton_launch
+from attnres.ops.triton import merge as triton_merge
+from attnres.ops.triton import norm as triton_norm
+from attnres.ops.triton import read as triton_read
 
 TOKENS = 16384
 ARCHITECTURES = (80, 90, 100)

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from attnres import ops
 from attnres.model import Decoder, DecoderConfig
-from attnres.train import hardware
+from attnres.run import hardware
 
 TOKENS, WIDTH, SOURCES = 2048, 512, 9
 CONTEXT = 256

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attnres.model import Decoder, DecoderConfig
-from attnres.train import hardware
+from attnres.run import hardware
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ import torch
 
 from attnres.model import Decoder, DecoderConfig
 from attnres.model.cache import KeyValueCache
-from attnres.train import hardware
+from attnres.run import hardware
 
 RESIDUALS = {"standard": "prenorm", "Block": "block_attnres", "Full": "full_attnres", "mHC": "mhc"}
 PAST = 64

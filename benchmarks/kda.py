@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from attnres.model.delta_rule import FLA_INSTALLED, chunked, fused, recurrent
-from attnres.train import hardware
+from attnres.model.layers.delta_rule import FLA_INSTALLED, chunked, fused, recurrent
+from attnres.run import hardware
 
 GOAL = 1.3
 PARTS = ("forward", "forward and backward")

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from attnres.model import Decoder, DecoderConfig
-from attnres.train import hardware
+from attnres.run import hardware
 
 SEQUENCES, CONTEXT, WIDTH, NUM_BLOCKS = 4, 256, 128, 8
 DEPTHS = (8, 16, 24)

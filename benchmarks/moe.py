@@ -19,8 +19,8 @@ import timing
 import torch
 from torch import nn
 
-from attnres.model.moe import MixtureOfExperts, SwiGLU
-from attnres.train import hardware
+from attnres.model.layers.experts import MixtureOfExperts, SwiGLU
+from attnres.run import hardware
 
 GOAL = 1.5
 

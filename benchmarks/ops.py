@@ -23,7 +23,7 @@ import torch
 from cases import Bench, Case, Variant, add_norm, phase_1, phase_2, read
 from paths import residual_path
 
-from attnres.train import hardware
+from attnres.run import hardware
 
 ROUNDS_BEFORE_TIMING = 3
 

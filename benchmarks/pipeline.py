@@ -33,7 +33,7 @@ from attnres.parallel import mesh as meshes
 from attnres.parallel.build import build_parts
 from attnres.parallel.config import ParallelConfig
 from attnres.parallel.pipeline import Layout, Pipeline
-from attnres.train import hardware
+from attnres.run import hardware
 
 PROCESSES, STAGES, MICROBATCHES = 4, 2, 8
 SCHEDULE = "Interleaved1F1B"

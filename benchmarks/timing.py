@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import attnres
-from attnres.train import hardware
+from attnres.run import hardware
 
 RESULTS = Path(__file__).parent / "results"
 Times = dict[str, dict[str, list[float]]]

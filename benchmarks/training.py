@@ -24,7 +24,7 @@ import torch
 from decoders import Nets, Row, Shape, observed, shape
 from torch import Tensor
 
-from attnres.train import hardware
+from attnres.run import hardware
 
 TOLERANCE = {torch.bfloat16: 0.1, torch.float32: 1e-3}  # relative, of gradients through dozens of layers
 PEERS = ("fla Triton", "flash-attn-res", "straightforward")

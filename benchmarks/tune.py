@@ -25,7 +25,7 @@ import timing
 import torch
 from campaign_jobs import Spec
 
-from attnres.ops.triton_table import launch_table, override
+from attnres.ops.triton.table import launch_table, override
 
 GAIN = 0.98  # of the present time: what a new line must beat, above the noise of a median
 VALUES = {"warps": (1, 2, 4, 8, 16), "tile": (2, 4, 8, 10, 12), "programs": (1, 2, 4, 8, 16), "stages": (1, 2)}

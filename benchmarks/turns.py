@@ -22,7 +22,7 @@ import training
 from decoders import Nets, Row, Shape, observed
 from processes import Answer, Ended, Failed, Worker
 
-from attnres.train import hardware
+from attnres.run import hardware
 
 SECONDS_TO_MEASURE = 40
 TRIES = 40  # to find room on a device that others are using

@@ -17,10 +17,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from attnres.data.corpus import load_corpus
 from attnres.model import Decoder, preset
-from attnres.train import run_folder
-from attnres.train.config import TrainConfig
-from attnres.train.data import load_corpus
+from attnres.run import folder as run_folder
+from attnres.run.config import TrainConfig
 from attnres.train.optim import OptimConfig
 from attnres.train.trainer import Trainer
 

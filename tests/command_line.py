@@ -39,7 +39,7 @@ Trainer._train_step = step
 """
 IN_SAVE = """
 import os, signal, time
-from attnres.train import checkpoint
+from attnres.run import checkpoint
 sync, calls = checkpoint.sync, []
 def half_way(path):
     calls.append(path)
@@ -168,7 +168,7 @@ LATE = ("torch._dynamo", "tensorboard.summary.writer.record_writer", "matplotlib
 
 def _warm_up() -> None:
     """Imports what commands need, some of it late, so that the processes find it in memory."""
-    from attnres.train import hardware
+    from attnres.run import hardware
 
     for name in (*COMMANDS, *LATE):
         importlib.import_module(name)

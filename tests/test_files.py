@@ -6,13 +6,14 @@ import os
 
 import pytest
 
+from attnres.data.cache import cached, write_text
+from attnres.data.corpus import default_cache_dir
 from attnres.errors import Failure, UsageError
 from attnres.files import user_path
-from attnres.hf.runs import is_run
-from attnres.train import checkpoint, run_folder
-from attnres.train.cache import cached, write_text
-from attnres.train.config import TrainConfig
-from attnres.train.data import default_cache_dir
+from attnres.run import checkpoint
+from attnres.run import folder as run_folder
+from attnres.run.config import TrainConfig
+from attnres.run.export import is_run
 from attnres.train.journal import Journal
 
 from .train.saved import assert_number, save_number

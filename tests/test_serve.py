@@ -20,8 +20,8 @@ import pytest
 import torch
 
 from attnres.commands import serve as command
+from attnres.data.tokenizer import ByteTokenizer
 from attnres.errors import UsageError
-from attnres.train.tokenizer import ByteTokenizer
 
 pytest.importorskip("transformers")
 openai = pytest.importorskip("openai")

@@ -3,7 +3,7 @@
 import pytest
 import tyro
 
-from attnres.train.run_folder import read_config
+from attnres.run.folder import read_config
 
 
 @pytest.fixture

@@ -100,7 +100,7 @@ def _drop_output() -> None:
 def _command(name: str) -> Any:
     if name not in COMMANDS:
         raise UsageError(f"there is no such command; there are {', '.join(COMMANDS)}")
-    from .train.stopping import outlives_terminal
+    from .train.signals import outlives_terminal
 
     for number in ENDS:
         if not outlives_terminal(number):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import attnres
-from attnres.analysis import figures, style
+from attnres.analysis.draw import figures, style
 from attnres.errors import Failure, UsageError
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -241,7 +241,7 @@ def test_importing_loads_no_matplotlib_and_drawing_no_pyplot():
     code = (
         "import sys, types; package = sys.modules['attnres'] = types.ModuleType('attnres');"
         f"package.__path__ = {list(attnres.__path__)};"
-        "from attnres.analysis import figures, report; assert 'matplotlib' not in sys.modules;"
+        "from attnres.analysis.draw import figures, report; assert 'matplotlib' not in sys.modules;"
         "run = {'residual': 'prenorm', 'seed': 0, 'output_magnitude': [1.0, 2.0]};"
         "figures.output_magnitude({'runs': [run]}); assert 'matplotlib.pyplot' not in sys.modules"
     )

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from attnres.analysis import inspect as leaving_out
-from attnres.analysis import leave_out
-from attnres.analysis.inspect import PARTIAL, inspect
-from attnres.analysis.inspect_page import numbers, page
-from attnres.analysis.mixing import mixing_matrix
+from attnres.analysis.draw.inspect_page import numbers, page
+from attnres.analysis.measure import inspect as leaving_out
+from attnres.analysis.measure import leave_out
+from attnres.analysis.measure.inspect import PARTIAL, inspect
+from attnres.analysis.measure.mixing import mixing_matrix
+from attnres.data.tokenizer import ByteTokenizer
 from attnres.errors import UsageError
 from attnres.model import Decoder, DecoderConfig
-from attnres.train.tokenizer import ByteTokenizer
 
 EVIL = "</script><script>alert(1)</script><!-- \U0001f642 é\n\t"
 SHAPE = dict(vocab_size=257, hidden_size=16, num_hidden_layers=3, num_attention_heads=2)
@@ -194,7 +194,7 @@ def test_what_there_was_no_time_for_is_not_measured(tokens, monkeypatch):
 def test_the_page_is_there_before_sources_are_left_out(server, finished_run, tmp_path):
     out = tmp_path / "page.html"
     stop = (
-        "from attnres.analysis import inspect\ndef stop(*_): raise KeyboardInterrupt\ninspect.losses_without = stop\n"
+        "import attnres.analysis.measure.inspect as i\ndef end(*_): raise KeyboardInterrupt\ni.losses_without = end\n"
     )
     end = server.start("inspect", finished_run, "--text", "attends", "--out", out, "--device", "cpu", patch=stop).wait()
     assert end.status != 0 and "where each layer listens; now leaving out sources" in end.err

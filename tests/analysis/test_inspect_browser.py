@@ -5,10 +5,10 @@ import shutil
 import pytest
 import torch
 
-from attnres.analysis.inspect import inspect
-from attnres.analysis.inspect_page import numbers, write_inspection
+from attnres.analysis.draw.inspect_page import numbers, write_inspection
+from attnres.analysis.measure.inspect import inspect
+from attnres.data.tokenizer import ByteTokenizer
 from attnres.model import Decoder, DecoderConfig
-from attnres.train.tokenizer import ByteTokenizer
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")

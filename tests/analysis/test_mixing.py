@@ -8,7 +8,7 @@ import torch
 import attnres.analysis
 from attnres import residual
 from attnres.analysis import mixing_figure, mixing_matrices, mixing_matrix, semiseparable_rank
-from attnres.analysis.mixing import _solve
+from attnres.analysis.measure.mixing import _solve
 from attnres.errors import UsageError
 from attnres.model import Decoder, DecoderConfig
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from attnres.analysis.probe import probe
+from attnres.analysis.measure.probe import probe
+from attnres.data.corpus import validation_batches
 from attnres.model import Decoder, DecoderConfig
-from attnres.train.data import validation_batches
 
 BLOCKS = 3  # Transformer blocks: six layers
 VARIANTS = {

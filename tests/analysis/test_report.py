@@ -9,10 +9,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from attnres.analysis import figures
-from attnres.analysis import report as report_module
-from attnres.analysis.pictures import HEAT_LEVELS, heat_tables, inline_svg
-from attnres.analysis.report import write_report
+from attnres.analysis.draw import figures
+from attnres.analysis.draw import report as report_module
+from attnres.analysis.draw.pictures import HEAT_LEVELS, heat_tables, inline_svg
+from attnres.analysis.draw.report import write_report
 from attnres.errors import Failure, UsageError
 
 pytest.importorskip("matplotlib")

@@ -15,7 +15,7 @@ import torch
 from attnres import ops
 from attnres.model import Decoder, DecoderConfig
 from attnres.model.cache import KeyValueCache
-from attnres.parallel.inference_memory import plan_inference
+from attnres.plan.prompt import plan_inference
 
 CPU = torch.device("cpu")
 NUM_BLOCKS = 2

@@ -22,8 +22,8 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from attnres import BlockAttnRes, FullAttnRes, ops
-from attnres.ops import triton as kernels
-from attnres.ops import triton_inter_block
+from attnres.ops.triton import backend as kernels
+from attnres.ops.triton import inter_block as triton_inter_block
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 TOKENS, WIDTH, EPS = 2, 24, 1e-6

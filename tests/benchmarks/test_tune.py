@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-triton_table = pytest.importorskip("attnres.ops.triton_table")
+triton_table = pytest.importorskip("attnres.ops.triton.table")
 
 
 def test_a_sweep_writes_a_table_that_can_be_loaded(benchmarks: Path, tmp_path: Path) -> None:
@@ -22,7 +22,7 @@ def test_a_sweep_writes_a_table_that_can_be_loaded(benchmarks: Path, tmp_path: P
     line = document["table"]["add_norm_backward"]["512"]
     assert document["microseconds"]["add_norm_backward"]["512"]["now"] > 0 and document["torch"]
     show = (
-        "from attnres.ops import triton_table as t; print(dict(t.launch_table()['add_norm_backward'][512]._asdict()))"
+        "from attnres.ops.triton import table as t; print(dict(t.launch_table()['add_norm_backward'][512]._asdict()))"
     )
     environment["ATTNRES_LAUNCH"] = str(file)
     loaded = subprocess.run([sys.executable, "-c", show], env=environment, capture_output=True, text=True, check=True)
@@ -77,7 +77,7 @@ def test_what_is_timed_takes_the_line(benchmarks: Path, monkeypatch: pytest.Monk
     import tune
 
     from attnres import ops
-    from attnres.ops import triton_launch
+    from attnres.ops.triton import launch as triton_launch
 
     asked, line = [], triton_launch.line
     monkeypatch.setattr(triton_launch, "line", lambda name, width: asked.append(name) or line(name, width))

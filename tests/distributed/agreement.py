@@ -9,7 +9,8 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from attnres.model import Decoder, DecoderConfig
-from attnres.parallel import experts, gradients, mesh, shard, tensor
+from attnres.parallel import experts, gradients, mesh, tensor
+from attnres.parallel import fsdp as shard
 from attnres.parallel.config import ParallelConfig
 from attnres.train.optim import OptimConfig, build_optimizer
 

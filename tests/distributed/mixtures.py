@@ -6,7 +6,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from attnres.errors import UsageError
-from attnres.model.moe import MixtureOfExperts
+from attnres.model.layers.experts import MixtureOfExperts
 from attnres.parallel import mesh
 from attnres.parallel.config import ParallelConfig
 from attnres.parallel.experts import EXPERTS, split_experts

@@ -19,14 +19,15 @@ import torch
 from torch.distributed.checkpoint import FileSystemWriter
 
 from attnres.cli import main
+from attnres.data.corpus import load_corpus
 from attnres.errors import Failure, UsageError
 from attnres.model import DecoderConfig, preset
 from attnres.parallel import mesh
 from attnres.parallel.config import ParallelConfig
 from attnres.parallel.weights import held_tensors
-from attnres.train import checkpoint, hardware, parallel_trainer
-from attnres.train.config import TrainConfig
-from attnres.train.data import load_corpus
+from attnres.run import checkpoint, hardware
+from attnres.run.config import TrainConfig
+from attnres.train import parallel_trainer
 from attnres.train.journal import Journal
 from attnres.train.optim import OptimConfig
 from attnres.train.parallel_trainer import ParallelTrainer

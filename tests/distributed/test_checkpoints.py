@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from attnres.errors import Failure
-from attnres.train import checkpoint, sharded
-from attnres.train.run_folder import load_run, newest_checkpoint
+from attnres.run import checkpoint, sharded
+from attnres.run.folder import load_run, newest_checkpoint
 
 from . import runs
 

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from attnres.model import Decoder, DecoderConfig
-from attnres.parallel.shard import transformer_blocks
+from attnres.parallel.fsdp import transformer_blocks
 
 from .agreement import SHAPE, Case, Parallel, batch, decoder, loss_of, whole
 

@@ -18,7 +18,7 @@ from torch import distributed
 
 from attnres.parallel.config import ParallelConfig
 from attnres.parallel.rendezvous import agreed_name
-from attnres.train.run_folder import newest_checkpoint, read_config
+from attnres.run.folder import newest_checkpoint, read_config
 
 from . import runs
 

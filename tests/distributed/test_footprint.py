@@ -8,15 +8,15 @@ from torch.nn import functional as F
 
 from attnres import ops
 from attnres.model import DecoderConfig
-from attnres.model.moe import MixtureOfExperts
+from attnres.model.layers.experts import MixtureOfExperts
 from attnres.parallel import experts as expert_parallel
 from attnres.parallel import mesh as meshes
 from attnres.parallel import pipeline
 from attnres.parallel import tensor as tensor_parallel
-from attnres.parallel.chunk import Chunk
 from attnres.parallel.config import ParallelConfig
-from attnres.parallel.footprint import footprints
+from attnres.parallel.part import Chunk
 from attnres.parallel.pipeline import Layout
+from attnres.plan.kept import footprints
 
 from .plans import BF16, FP32, shape
 

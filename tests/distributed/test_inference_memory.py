@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from attnres.errors import UsageError
 from attnres.model import DecoderConfig
 from attnres.model.cache import KeyValueCache
-from attnres.parallel.inference_memory import plan_inference
+from attnres.plan.prompt import plan_inference
 
 from .agreement import SHAPE, decoder
 from .plans import BF16, FP32, shape

@@ -11,12 +11,12 @@ from attnres import residual
 from attnres.parallel import mesh as meshes
 from attnres.parallel import pipeline
 from attnres.parallel.build import build_parts
-from attnres.parallel.chunk import Chunk
 from attnres.parallel.config import ParallelConfig
-from attnres.parallel.footprint import footprints
-from attnres.parallel.memory import RankPlan
+from attnres.parallel.part import Chunk
 from attnres.parallel.pipeline import Layout
-from attnres.parallel.plan import Cluster, chunk_flops, plan
+from attnres.plan.kept import footprints
+from attnres.plan.rank import RankPlan
+from attnres.plan.training import Cluster, chunk_flops, plan
 
 from . import pipelines
 from .plans import BF16, FP32, TWO_ROUNDS, shape

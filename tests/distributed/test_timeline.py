@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from attnres.parallel import mesh as meshes
-from attnres.parallel import pipeline, timeline
+from attnres.parallel import pipeline
 from attnres.parallel.build import build_parts
 from attnres.parallel.config import ParallelConfig
 from attnres.parallel.pipeline import Layout
+from attnres.plan import timeline
 
 from .plans import FP32, shape
 

@@ -11,8 +11,8 @@ import sys
 from torch.distributed.checkpoint import FileSystemWriter
 
 from attnres.cli import main
-from attnres.parallel.chunk import Chunk
-from attnres.train import hardware
+from attnres.parallel.part import Chunk
+from attnres.run import hardware
 from attnres.train.parallel_trainer import ParallelTrainer
 
 

@@ -7,7 +7,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig
 
 from attnres import hf
-from attnres.hf.architectures import ARCHITECTURES
+from attnres.hf.convert.table import ARCHITECTURES
 from attnres.residual import BlockAttnRes, FullAttnRes
 
 from .converted import ALL, PAD, REQUIRED, build, move_queries, padded, tokens

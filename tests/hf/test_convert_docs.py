@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from attnres import hf
-from attnres.hf import architectures
-from attnres.hf.convert_folder import convert_folder
+from attnres.hf.convert import table as architectures
+from attnres.hf.convert.folder import convert_folder
 
 from .converted import build, tokens
 

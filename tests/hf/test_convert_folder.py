@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaModel, PreTra
 
 from attnres import hf
 from attnres.errors import Failure, UsageError
-from attnres.hf.convert_folder import convert_folder, sample_tokens
+from attnres.hf.convert.folder import convert_folder, sample_tokens
 
 from .converted import VOCAB, build, move_queries, tokens
 
-folders = importlib.import_module("attnres.hf.convert_folder")
+folders = importlib.import_module("attnres.hf.convert.folder")
 
 
 @pytest.fixture

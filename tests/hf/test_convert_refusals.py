@@ -20,10 +20,10 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from attnres import hf
 from attnres.errors import UsageError
-from attnres.hf import architectures
-from attnres.hf.architectures import Architecture
-from attnres.hf.convert_folder import convert_folder
-from attnres.hf.evaluate import open_model
+from attnres.evaluate.tasks import open_model
+from attnres.hf.convert import table as architectures
+from attnres.hf.convert.folder import convert_folder
+from attnres.hf.convert.table import Architecture
 from attnres.model import Decoder, DecoderConfig
 
 from .converted import ALL, COMMON, SHAPE, VOCAB, build, tokens

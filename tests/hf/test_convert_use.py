@@ -20,8 +20,9 @@ from transformers import (
 
 from attnres import hf
 from attnres.errors import UsageError
-from attnres.hf import architectures, convert_classes
-from attnres.hf.architectures import Architecture
+from attnres.hf.convert import classes as convert_classes
+from attnres.hf.convert import table as architectures
+from attnres.hf.convert.table import Architecture
 
 from .converted import PAD, SHAPE, build, move_queries, padded, randomise, tokens
 

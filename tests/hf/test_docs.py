@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from attnres.data.tokenizer import ByteTokenizer
 from attnres.model import Decoder, DecoderConfig
-from attnres.train import checkpoint
-from attnres.train.tokenizer import ByteTokenizer
+from attnres.run import checkpoint
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from attnres.data.tokenizer import ByteTokenizer
 from attnres.errors import Failure, UsageError
-from attnres.train.tokenizer import ByteTokenizer
 
 pytest.importorskip("transformers")
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from attnres.evaluate.perplexity import perplexity
+from attnres.evaluate.tasks import evaluate, open_model, run_tasks, table
 from attnres.hf import AttnResConfig, AttnResForCausalLM, convert
-from attnres.hf.evaluate import evaluate, open_model, run_tasks, table
-from attnres.hf.perplexity import perplexity
 
 TEXT = "A residual connection is how information travels over depth. Größe: 17 µm.\n" * 2
 SHAPE = dict(vocab_size=257, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64)

@@ -6,9 +6,9 @@ from transformers import AutoModelForCausalLM
 
 from attnres import residual
 from attnres.hf import AttnResConfig, AttnResForCausalLM
-from attnres.hf.dispatch import hidden_across_devices
-from attnres.model.attention import Context, rotary_factors
+from attnres.hf.device_map import hidden_across_devices
 from attnres.model.decoder import initial_std
+from attnres.model.layers.gqa import Context, rotary_factors
 
 SHAPE = dict(vocab_size=31, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
 IDS = torch.randint(0, 31, (2, 7), generator=torch.Generator().manual_seed(0))

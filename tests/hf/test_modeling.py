@@ -12,18 +12,18 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from attnres.data.tokenizer import ByteTokenizer
 from attnres.errors import Failure, UsageError
 from attnres.model import Decoder, DecoderConfig
-from attnres.train import checkpoint
-from attnres.train.tokenizer import ByteTokenizer
+from attnres.run import checkpoint
 
 pytest.importorskip("transformers")
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, StaticCache
 
 import attnres.hf
+from attnres.evaluate.tasks import open_model
 from attnres.hf import AttnResConfig, AttnResForCausalLM, AttnResModel, attention
-from attnres.hf.evaluate import open_model
-from attnres.hf.runs import is_run, open_run
+from attnres.run.export import is_run, open_run
 
 from .converted import build
 

@@ -12,10 +12,10 @@ from transformers import ContinuousBatchingConfig
 
 import attnres.hf
 from attnres.errors import UsageError
-from attnres.hf.serving.answer import Answers, Text
-from attnres.hf.serving.app import App, Hosts
-from attnres.hf.serving.engine import Batched, OneByOne
-from attnres.hf.serving.request import CHAT, COMPLETIONS, Reader, Sampling
+from attnres.serve.answer import Answers, Text
+from attnres.serve.app import App, Hosts
+from attnres.serve.engine import Batched, OneByOne
+from attnres.serve.request import CHAT, COMPLETIONS, Reader, Sampling
 
 from .converted import VOCAB, build, move_queries
 from .letters import letter_tokenizer
@@ -473,7 +473,7 @@ def test_of_two_stop_strings_the_first_in_the_text_counts():
 
 
 def test_an_internal_error_is_not_the_users(tmp_path, monkeypatch):
-    from attnres.hf.serving import serve, server
+    from attnres.serve import serve, server
 
     def broken(*_, **__):
         raise AttributeError("a fault of ours")

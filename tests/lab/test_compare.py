@@ -20,7 +20,7 @@ from attnres.lab.compare import CompareConfig, summarise
 from attnres.lab.grid import write_json
 from attnres.model import Decoder, DecoderConfig
 from attnres.model.decoder import initial_std
-from attnres.train.config import TrainConfig
+from attnres.run.config import TrainConfig
 
 from ..command_line import AT_STEP, kill, needs_full_device
 

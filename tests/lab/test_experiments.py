@@ -9,7 +9,7 @@ from attnres.errors import UsageError
 from attnres.lab.dynamics import read_dynamics
 from attnres.lab.scaling import ScalingConfig, Size, analyse
 from attnres.lab.sweep import SweepConfig, best
-from attnres.train.config import TrainConfig
+from attnres.run.config import TrainConfig
 
 from .test_compare import FORK, in_run, said
 

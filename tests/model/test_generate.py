@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from attnres.errors import Failure, UsageError
-from attnres.model import Decoder, DecoderConfig, attention
+from attnres.model import Decoder, DecoderConfig
 from attnres.model.generate import KeyValueCache, generate
+from attnres.model.layers import gqa as attention
 
 VOCABULARY = 23
 PROMPT = torch.tensor([3, 1, 4, 1, 5])

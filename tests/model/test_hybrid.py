@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from attnres import residual
-from attnres.analysis.mixing import mixing_matrix
-from attnres.analysis.probe import probe
+from attnres.analysis.measure.mixing import mixing_matrix
+from attnres.analysis.measure.probe import probe
 from attnres.errors import UsageError
 from attnres.model import Decoder, DecoderConfig
 from attnres.model.cache import KeyValueCache

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from attnres.errors import UsageError
-from attnres.model.delta_rule import FLA_INSTALLED, SPAN, chunked, delta_rule, fused, recurrent
-from attnres.model.kda import KDAState, KimiDeltaAttention
+from attnres.model.layers.delta_rule import FLA_INSTALLED, SPAN, chunked, delta_rule, fused, recurrent
+from attnres.model.layers.kda import KDAState, KimiDeltaAttention
 
 from ..device import needs_gpu
 
@@ -356,7 +356,7 @@ def test_a_state_of_another_layer_is_refused(state, found):
 
 
 def test_importing_the_layer_imports_no_kernels():
-    code = "import sys, attnres, attnres.model.kda; sys.exit('fla' in sys.modules or 'triton' in sys.modules)"
+    code = "import sys, attnres, attnres.model.layers.kda; sys.exit('fla' in sys.modules or 'triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from attnres.model import Decoder, DecoderConfig
 from attnres.model.cache import KeyValueCache
-from attnres.model.linear import bare_weight, linear_in
-from attnres.model.moe import MixtureOfExperts
+from attnres.model.layers.experts import MixtureOfExperts
+from attnres.model.layers.linear import bare_weight, linear_in
 
 SHAPE = dict(
     vocab_size=41,

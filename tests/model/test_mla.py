@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from attnres.model import DecoderConfig
-from attnres.model.attention import Context
 from attnres.model.cache import KeyValueCache
-from attnres.model.mla import MultiHeadLatentAttention
+from attnres.model.layers.gqa import Context
+from attnres.model.layers.latent import MultiHeadLatentAttention
 
 HEADS, RANK, OWN, SHARED, VALUE, WIDTH = 3, 7, 5, 4, 6, 12
 EMPTY = torch.empty(0)

@@ -6,8 +6,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from attnres.errors import UsageError
-from attnres.model.moe import MixtureOfExperts, grouped_experts, looped_experts
-from attnres.model.token_experts import token_experts
+from attnres.model.layers.experts import MixtureOfExperts, grouped_experts, looped_experts
+from attnres.model.layers.experts_cpu import token_experts
 
 
 def layer(dtype=torch.float64, **changes) -> MixtureOfExperts:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from attnres.ops import eager, inference, reference
+from attnres.ops import eager, reference
+from attnres.ops import no_grad as inference
 
 WIDTH = 256
 

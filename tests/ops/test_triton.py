@@ -10,8 +10,12 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
-from attnres.ops import reference, triton_inter_block, triton_launch, triton_reduce, triton_table
-from attnres.ops import triton as kernels
+from attnres.ops import reference
+from attnres.ops.triton import backend as kernels
+from attnres.ops.triton import inter_block as triton_inter_block
+from attnres.ops.triton import launch as triton_launch
+from attnres.ops.triton import reduce as triton_reduce
+from attnres.ops.triton import table as triton_table
 
 from ..device import DEVICE
 

@@ -15,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 from attnres import ops
-from attnres.ops import reference, triton_autograd
-from attnres.ops import triton as kernels
+from attnres.ops import reference
+from attnres.ops.triton import autograd as triton_autograd
+from attnres.ops.triton import backend as kernels
 
 from ..device import DEVICE, needs_gpu
 
@@ -260,7 +261,10 @@ def test_what_backward_keeps():
 
 def operands(n: int) -> dict[str, object]:
     """Arguments of every custom op."""
-    from attnres.ops import triton_inter_block, triton_merge, triton_norm, triton_read
+    from attnres.ops.triton import inter_block as triton_inter_block
+    from attnres.ops.triton import merge as triton_merge
+    from attnres.ops.triton import norm as triton_norm
+    from attnres.ops.triton import read as triton_read
 
     t = {name: value.detach() for name, value in leaves(n, 2).items()}
     sources = [t[f"source{i}"] for i in range(n)]

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from attnres import ops, residual
-from attnres.analysis.probe import probe
+from attnres.analysis.measure.probe import probe
 from attnres.commands.flags import OPTION_HELP
 from attnres.errors import UsageError
 from attnres.model import Decoder, DecoderConfig

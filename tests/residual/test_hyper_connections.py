@@ -63,7 +63,7 @@ def test_the_compiled_combination_is_the_product(monkeypatch):
 
 def test_agrees_with_the_published_package(monkeypatch):
     package = pytest.importorskip("hyper_connections.hyper_connections")
-    monkeypatch.setattr("attnres.residual.hyper_connections.NORM_EPS", 0.0)  # its norm has none
+    monkeypatch.setattr("attnres.residual.mechanisms.hyper_connections.NORM_EPS", 0.0)  # its norm has none
     torch.manual_seed(0)
     n, layers = 3, layers_of(4)
     res = randomised(residual.build("hyper_connections", DIM, 4, num_streams=n))

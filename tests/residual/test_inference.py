@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from attnres import ops, residual
-from attnres.ops import inference
+from attnres.ops import no_grad as inference
 
 DIM = 11
 CASES = [

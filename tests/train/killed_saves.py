@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from attnres.train import checkpoint
-from attnres.train.checkpoint import latest, load, save
+from attnres.run import checkpoint
+from attnres.run.checkpoint import latest, load, save
 
 
 def write(root, step, keep):

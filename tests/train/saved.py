@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from attnres.train.checkpoint import load, save
+from attnres.run.checkpoint import load, save
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from attnres.model import DecoderConfig
-from attnres.model.moe import MixtureOfExperts
+from attnres.model.layers.experts import MixtureOfExperts
+from attnres.run.config import TrainConfig
 from attnres.train.balance import balance_experts
-from attnres.train.config import TrainConfig
 from attnres.train.optim import OptimConfig
 from attnres.train.trainer import train
 

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attnres.data import batches as batches_module
+from attnres.data.corpus import Batches, load_corpus, validation_batches
 from attnres.errors import UsageError
-from attnres.train import batches as batches_module
-from attnres.train.data import Batches, load_corpus, validation_batches
 
 TOKENS = np.arange(1000, dtype=np.uint16)
 

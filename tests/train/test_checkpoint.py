@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from attnres.errors import UsageError
-from attnres.train.checkpoint import check_compatible, latest, load, save
+from attnres.run.checkpoint import check_compatible, latest, load, save
 
 from .saved import FILES, assert_number, assert_same, names, save_number
 

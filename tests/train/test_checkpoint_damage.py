@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from attnres.errors import Failure
-from attnres.train import checkpoint
-from attnres.train.checkpoint import latest, load, save
+from attnres.run import checkpoint
+from attnres.run.checkpoint import latest, load, save
 
 from .saved import FILES, assert_number, names, save_number
 

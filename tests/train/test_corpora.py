@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from attnres.data.corpus import load_corpus
 from attnres.errors import UsageError
-from attnres.train.data import load_corpus
 
 from .texts import END, FILES, RECORDS, expected_split, held_out, make_folder, tokens_of
 

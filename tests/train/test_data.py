@@ -13,11 +13,11 @@ import sys
 import numpy as np
 import pytest
 
+from attnres.data import corpus as data_module
+from attnres.data import pieces
+from attnres.data.corpus import default_cache_dir, load_corpus
+from attnres.data.tokenizer import ByteTokenizer
 from attnres.errors import Failure, UsageError
-from attnres.train import data as data_module
-from attnres.train import pieces
-from attnres.train.data import default_cache_dir, load_corpus
-from attnres.train.tokenizer import ByteTokenizer
 
 from .texts import END, FILES, expected_split, held_out, tokens_of
 
@@ -180,7 +180,7 @@ def test_default_cache_folder(monkeypatch, tmp_path, folder):
 def test_cache_hit_neither_tokenises_nor_writes(folder, cache, monkeypatch):
     first = tokens_of(load_corpus(str(folder), cache_dir=cache))
     monkeypatch.setattr(ByteTokenizer, "encode_batch", None)
-    monkeypatch.setattr("attnres.train.cache.writing", None)  # a shared cache may be read-only
+    monkeypatch.setattr("attnres.data.cache.writing", None)  # a shared cache may be read-only
     assert tokens_of(load_corpus(str(folder), cache_dir=cache)) == first
 
 

@@ -5,8 +5,8 @@ import shutil
 import pytest
 import torch
 
-from attnres.train import checkpoint
-from attnres.train.run_folder import newest_checkpoint
+from attnres.run import checkpoint
+from attnres.run.folder import newest_checkpoint
 
 from ..command_line import AT_STEP, IN_SAVE, kill, metrics
 

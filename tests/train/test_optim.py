@@ -9,7 +9,7 @@ from torch import nn
 
 from attnres.errors import UsageError
 from attnres.model import Decoder, DecoderConfig
-from attnres.model.moe import MixtureOfExperts
+from attnres.model.layers.experts import MixtureOfExperts
 from attnres.residual import build
 from attnres.train.optim import OptimConfig, build_optimizer, learning_rate, parameter_groups
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from attnres.train.checkpoint import load, rng_state, save, set_rng_state
+from attnres.run.checkpoint import load, rng_state, save, set_rng_state
 from attnres.train.optim import OptimConfig, build_optimizer
 
 from ..device import needs_gpu

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import attnres
+from attnres.data import pieces
+from attnres.data import tokenizer as tokenizer_module
+from attnres.data.tokenizer import ByteTokenizer, LibraryTokenizer, load_tokenizer, load_tokenizer_from
 from attnres.errors import Failure, UsageError
-from attnres.train import pieces
-from attnres.train import tokenizer as tokenizer_module
-from attnres.train.tokenizer import ByteTokenizer, LibraryTokenizer, load_tokenizer, load_tokenizer_from
 
 DOCUMENTS = [
     "def add(left, right):\n    return left + right\n" * 20,
@@ -109,7 +109,7 @@ def test_bytes_need_no_package(tmp_path):
         "import sys, types; sys.modules.update(tokenizers=None, datasets=None, rich=None)\n"
         "package = sys.modules['attnres'] = types.ModuleType('attnres')\n"
         f"package.__path__ = {list(attnres.__path__)}\n"
-        "from attnres.train.tokenizer import load_tokenizer_from\n"
+        "from attnres.data.tokenizer import load_tokenizer_from\n"
         f"print(load_tokenizer_from({str(tmp_path)!r}).vocab_size)"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

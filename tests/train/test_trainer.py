@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from attnres.data.corpus import load_corpus
 from attnres.errors import Failure, UsageError
 from attnres.model import DecoderConfig
-from attnres.model.feed_forward import FeedForward
-from attnres.train import hardware
-from attnres.train.checkpoint import load
-from attnres.train.config import TrainConfig
-from attnres.train.data import load_corpus
+from attnres.model.layers.feed_forward import FeedForward
+from attnres.run import hardware
+from attnres.run.checkpoint import load
+from attnres.run.config import TrainConfig
+from attnres.run.folder import load_run, newest_checkpoint, read_config
 from attnres.train.journal import Journal
 from attnres.train.optim import OptimConfig
-from attnres.train.run_folder import load_run, newest_checkpoint, read_config
 from attnres.train.trainer import Trainer, train
 
 from ..command_line import metrics, needs_full_device
@@ -270,9 +270,9 @@ def test_damaged_checkpoints(config):
 
 
 def test_peak_memory_counts_the_processes_before_this_one(config, monkeypatch):
-    monkeypatch.setattr("attnres.train.hardware.peak_memory", lambda device: 7_000)
+    monkeypatch.setattr("attnres.run.hardware.peak_memory", lambda device: 7_000)
     assert train(config).peak_memory_bytes == 7_000
-    monkeypatch.setattr("attnres.train.hardware.peak_memory", lambda device: 5_000)
+    monkeypatch.setattr("attnres.run.hardware.peak_memory", lambda device: 5_000)
     assert train(config, resume=True).peak_memory_bytes == 7_000
 
 
@@ -287,6 +287,6 @@ def test_a_run_on_the_cpu_pins_no_memory(config, monkeypatch):
     """Beside a GPU, too, where that would start CUDA in every process."""
     trainer, asked = Trainer(config, load_corpus(config.data, cache_dir=config.cache_dir)), []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("attnres.train.batches.DataLoader", lambda *_, **options: asked.append(options) or [])
+    monkeypatch.setattr("attnres.data.batches.DataLoader", lambda *_, **options: asked.append(options) or [])
     iter(trainer._batches())
     assert [options["pin_memory"] for options in asked] == [False]

@@ -9,6 +9,6 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     if name in __all__:
-        module = "mixing_plot" if name == "mixing_figure" else "mixing"
+        module = "draw.mixing_plot" if name == "mixing_figure" else "measure.mixing"
         return getattr(importlib.import_module(f".{module}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

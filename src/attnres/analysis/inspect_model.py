@@ -10,11 +10,11 @@ from torch import nn
 
 from .. import json_text, text_file
 from .. import residual as residuals
+from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..errors import UsageError
 from ..files import read
 from ..residual import DepthAttention
-from ..train.hardware import find_device
-from ..train.tokenizer import Tokenizer, load_tokenizer
+from ..run.hardware import find_device
 
 
 class Opened(NamedTuple):
@@ -79,14 +79,14 @@ def open_model(folder: Path, tokenizer: str | None = None, device: str = "auto")
         raise UsageError(f"{folder} holds no tokenizer.json; save its tokenizer there, or give --tokenizer")
     spelling = load_tokenizer(tokenizer or str(folder), None, folder)
     if "model_type" in values:
-        from ..hf.convert import load
+        from ..hf.convert.door import load
 
         loaded = load(folder, dtype="float32").to(where).eval()
         config, name = loaded.config, values["residual"]
         start = config.bos_token_id if isinstance(config.bos_token_id, int) else config.eos_token_id
         start = start if isinstance(start, int) else None
         return Opened(loaded, name, getattr(config, "max_position_embeddings", None) or 2048, spelling, start)
-    from ..train.run_folder import load_run
+    from ..run.folder import load_run
 
     model, run = load_run(folder, device)
     end = spelling.end_of_document

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from ..hf.convert_folder import convert_folder
+from ..hf.convert.folder import convert_folder
 from . import flags
 
 

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import tyro
 
+from ..evaluate.tasks import evaluate, table
 from ..files import user_path
-from ..hf.evaluate import evaluate, table
 from . import flags
 
 

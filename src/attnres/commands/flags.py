@@ -20,7 +20,7 @@ from .. import residual as residuals
 from ..errors import UsageError
 from ..files import user_path
 from ..model import DecoderConfig, DecoderShape, preset, presets
-from ..train.config import RunConfig, TrainConfig
+from ..run.config import RunConfig, TrainConfig
 
 T = TypeVar("T")
 PresetName = Annotated[

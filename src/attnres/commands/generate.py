@@ -12,16 +12,16 @@ from typing import Annotated
 import torch
 import tyro
 
+from ..data.tokenizer import load_tokenizer_from
 from ..errors import UsageError
 from ..model import Decoder
 from ..model.generate import generate
 from ..parallel import inference, mesh
 from ..parallel.agreement import require_same
 from ..parallel.config import ParallelConfig
-from ..train import hardware
-from ..train.checkpoint import flat
-from ..train.run_folder import load_run
-from ..train.tokenizer import load_tokenizer_from
+from ..run import hardware
+from ..run.checkpoint import flat
+from ..run.folder import load_run
 from . import flags
 
 

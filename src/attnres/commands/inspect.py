@@ -14,9 +14,9 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from ..analysis.inspect import Inspection, inspect
+from ..analysis.draw.inspect_page import check_place, numbers, write_inspection
 from ..analysis.inspect_model import check_folder, encode, open_model, read_input
-from ..analysis.inspect_page import check_place, numbers, write_inspection
+from ..analysis.measure.inspect import Inspection, inspect
 from ..errors import UsageError
 from . import flags
 

@@ -9,7 +9,7 @@ import tyro
 
 from ..errors import UsageError
 from ..parallel.config import ParallelConfig
-from ..train.config import RunConfig
+from ..run.config import RunConfig
 
 
 @dataclass

@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import UsageError
 from ..lab.scaling import ScalingConfig, Size, scaling, table
 from ..model import DecoderConfig
-from ..train.config import TrainConfig
+from ..run.config import TrainConfig
 from . import flags
 from .lab_flags import MatchedFlags, names_of, seeds_of
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..errors import UsageError
 from ..lab.sweep import SweepConfig, summary, sweep
 from ..model import DecoderConfig
-from ..train.config import TrainConfig
+from ..run.config import TrainConfig
 from . import flags
 from .lab_flags import MatchedFlags, names_of, seeds_of
 

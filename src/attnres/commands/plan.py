@@ -13,9 +13,9 @@ import torch
 from ..errors import UsageError
 from ..model import DecoderConfig, DecoderShape, preset
 from ..parallel.config import ParallelConfig
-from ..parallel.inference_memory import InferencePlan, plan_inference
-from ..parallel.memory import RankPlan
-from ..parallel.plan import Cluster, Plan, plan
+from ..plan.prompt import InferencePlan, plan_inference
+from ..plan.rank import RankPlan
+from ..plan.training import Cluster, Plan, plan
 from . import flags
 
 ResidualFlags: Any = flags.residual_flags(with_name=True)

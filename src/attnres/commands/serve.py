@@ -52,7 +52,7 @@ def run(argv: Sequence[str]) -> int:
     if not given.model.is_dir():
         raise UsageError(f"there is no folder {given.model}; give that of a run or of a Hugging Face model")
     _check_free(given.host, given.port)
-    from ..hf.serving import serve
+    from ..serve import serve
 
     serve(
         given.model,

@@ -13,8 +13,8 @@ from ..files import user_path
 from ..model import DecoderShape, preset
 from ..parallel.config import ParallelConfig
 from ..parallel.mesh import launched_processes
-from ..train.config import RunConfig
-from ..train.run_folder import read_config
+from ..run.config import RunConfig
+from ..run.folder import read_config
 from ..train.trainer import train
 from . import flags
 

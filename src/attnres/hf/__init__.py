@@ -12,8 +12,8 @@ except ImportError as error:
     raise UsageError("attnres.hf needs transformers; run: pip install 'attnres[hf]'") from error
 
 from .configuration import AttnResConfig
-from .convert import convert, load
-from .convert_classes import add_to_transformers
+from .convert.classes import add_to_transformers
+from .convert.door import convert, load
 from .modeling import AttnResForCausalLM, AttnResModel
 
 

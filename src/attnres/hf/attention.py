@@ -1,6 +1,6 @@
 """transformers' attention functions (sdpa, eager, flash, flex, paged) behind the decoder's attention layers.
 
-Shape suffixes as in `attnres.model.attention`.
+Shape suffixes as in `attnres.model.layers.gqa`.
 """
 
 from collections.abc import Callable

@@ -10,12 +10,12 @@ from torch import Tensor
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
 from ..errors import UsageError
-from ..model.kda import KDAState
+from ..model.layers.kda import KDAState
 from .configuration import AttnResConfig
 
 
 class LayerCache:
-    """A Hugging Face cache with the interface of `attnres.model.attention.Cache`."""
+    """A Hugging Face cache with the interface of `attnres.model.layers.gqa.Cache`."""
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache

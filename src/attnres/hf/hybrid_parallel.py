@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from ..errors import UsageError
-from ..model.attention import Context
+from ..model.layers.gqa import Context
 from ..parallel.tensor import own_parts, split_parameters
 from .configuration import AttnResConfig
 from .tensor_parallel import check_divides

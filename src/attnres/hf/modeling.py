@@ -21,19 +21,19 @@ from transformers.utils import can_return_tuple, logging
 
 from ..errors import Failure, UsageError
 from ..model import Decoder
-from ..model.attention import Context, lengths_vary, rotary_factors
 from ..model.decoder import Backbone, expert_std, initial_std
-from ..model.kda import KimiDeltaAttention
-from ..model.moe import MixtureOfExperts
+from ..model.layers.experts import MixtureOfExperts
+from ..model.layers.gqa import Context, lengths_vary, rotary_factors
+from ..model.layers.kda import KimiDeltaAttention
 from ..model.token_shards import hidden_over_processes
 from ..residual import Residual, State
+from ..run.export import open_run
 from .attention import attend_by_config
 from .cache import LayerCache, check_cache, check_generation, check_paged
 from .configuration import AttnResConfig
-from .dispatch import hidden_across_devices, is_dispatched
+from .device_map import hidden_across_devices, is_dispatched
 from .packing import find_packing
 from .residual_place import check_verbs, rows_on
-from .runs import open_run
 from .self_speculation import DraftsItself
 from .tensor_parallel import SharesTokens, shards_of
 

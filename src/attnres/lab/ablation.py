@@ -11,11 +11,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-from ..analysis.ablation_figure import block_size_figure
-from ..analysis.figures import save
+from ..analysis.draw.ablation_figure import block_size_figure
+from ..analysis.draw.figures import save
 from ..errors import UsageError
 from ..model import DecoderConfig, DecoderShape
-from ..train.config import TrainConfig
+from ..run.config import TrainConfig
 from .grid import Cell, opened, provenance, run_grid, write_json
 
 

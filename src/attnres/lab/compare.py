@@ -9,11 +9,11 @@ from statistics import mean
 from typing import Any
 
 from .. import residual as residuals
-from ..analysis.figures import write_figures
-from ..analysis.report import write_report
+from ..analysis.draw.figures import write_figures
+from ..analysis.draw.report import write_report
 from ..errors import UsageError
 from ..model import DecoderConfig, DecoderShape
-from ..train.config import TrainConfig
+from ..run.config import TrainConfig
 from .grid import Cell, opened, provenance, run_grid, write_json
 
 

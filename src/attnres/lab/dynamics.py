@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from .. import json_text
-from ..analysis.dynamics_figure import dynamics_figure
-from ..analysis.dynamics_page import write_page
-from ..analysis.figures import save, write_figures
-from ..analysis.probe import probe
+from ..analysis.draw.dynamics_figure import dynamics_figure
+from ..analysis.draw.dynamics_page import write_page
+from ..analysis.draw.figures import save, write_figures
+from ..analysis.measure.probe import probe
 from ..files import read
 from ..model import Decoder
-from ..train import hardware
-from ..train.config import TrainConfig
+from ..run import hardware
+from ..run.config import TrainConfig
 from .compare import CompareConfig
 from .grid import Cell, opened, provenance, run_grid, write_json
 from .worker import probe_batches, train_and_probe

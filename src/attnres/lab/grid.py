@@ -22,14 +22,14 @@ from typing import Any
 import torch
 
 from .. import files, json_text
-from ..analysis.style import require_matplotlib
+from ..analysis.draw.style import require_matplotlib
+from ..data.corpus import Corpus, load_corpus
 from ..errors import Failure, UsageError
-from ..train import hardware
-from ..train.checkpoint import check_compatible
-from ..train.config import TrainConfig
-from ..train.data import Corpus, load_corpus
-from ..train.run_folder import held, read_config, settled
-from ..train.stopping import starting_deaf_processes
+from ..run import hardware
+from ..run.checkpoint import check_compatible
+from ..run.config import TrainConfig
+from ..run.folder import held, read_config, settled
+from ..train.signals import starting_deaf_processes
 from ..version import __version__
 from .worker import Measure, send_result, train_and_probe
 

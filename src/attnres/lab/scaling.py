@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from ..analysis.figures import save
-from ..analysis.scaling_figure import scaling_figure
+from ..analysis.draw.figures import save
+from ..analysis.draw.scaling_figure import scaling_figure
 from ..errors import Failure, UsageError
 from ..model import DecoderConfig
-from ..train.config import TrainConfig
+from ..run.config import TrainConfig
 from .grid import Cell, opened, provenance, run_grid, write_json
 from .power_law import PowerLaw, bootstrap, compute_advantage, fit_power_law, interval
 

@@ -13,11 +13,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from ..analysis.figures import save
-from ..analysis.sweep_figure import sweep_figure
+from ..analysis.draw.figures import save
+from ..analysis.draw.sweep_figure import sweep_figure
 from ..errors import Failure, UsageError
 from ..model import DecoderConfig
-from ..train.config import TrainConfig
+from ..run.config import TrainConfig
 from .grid import Cell, opened, provenance, run_grid, write_json
 
 MATCHED = 0.05  # largest part by which parameters or compute may differ from the target

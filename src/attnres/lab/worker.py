@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-from ..analysis.probe import probe
+from ..analysis.measure.probe import probe
+from ..data.corpus import load_corpus, validation_batches
 from ..errors import Failure
 from ..files import opened_if_regular
-from ..train import hardware
-from ..train.config import TrainConfig
-from ..train.data import load_corpus, validation_batches
+from ..run import hardware
+from ..run.config import TrainConfig
 from ..train.journal import read_metrics
 from ..train.trainer import Watch, train
 

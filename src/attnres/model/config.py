@@ -225,13 +225,13 @@ class DecoderConfig(DecoderShape):
 
     def parameter_counts(self) -> dict[str, int]:
         """Exact: "total"; "activated" per token, without embeddings and head; "embedding", with an untied head."""
-        from .accounting import parameter_counts
+        from .counting import parameter_counts
 
         return parameter_counts(self)
 
     def flops_per_token(self, context: int) -> float:
         """Floating-point operations of training on one token, forward and backward, in a context of that many."""
-        from .accounting import training_flops_per_token
+        from .counting import training_flops_per_token
 
         return training_flops_per_token(self, context)
 

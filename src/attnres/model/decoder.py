@@ -17,12 +17,12 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import UsageError
 from ..residual import State
 from ..residual.base import gather, release
-from .attention import Cache, Context, rotary_factors
 from .cache import KeyValueCache
 from .config import DecoderConfig
-from .kda import KimiDeltaAttention
-from .layers import attention_layer, feed_forward_layer
-from .moe import MixtureOfExperts
+from .layer import attention_layer, feed_forward_layer
+from .layers.experts import MixtureOfExperts
+from .layers.gqa import Cache, Context, rotary_factors
+from .layers.kda import KimiDeltaAttention
 
 
 class Backbone(nn.Module):

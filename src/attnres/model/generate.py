@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..errors import Failure, UsageError
-from .attention import lengths_vary
 from .cache import KeyValueCache
 from .decoder import Decoder
+from .layers.gqa import lengths_vary
 
 
 @torch.inference_mode()

@@ -19,8 +19,8 @@ from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
 from ..residual import State
-from .attention import Context
 from .decoder import Backbone, stream_dtype
+from .layers.gqa import Context
 
 
 class TokenShards:

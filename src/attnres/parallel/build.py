@@ -6,8 +6,9 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..model import DecoderConfig
-from . import experts, shard, tensor, weights
-from .chunk import Chunk
+from . import experts, tensor, weights
+from . import fsdp as shard
+from .part import Chunk
 from .pipeline import Layout, chunks
 
 

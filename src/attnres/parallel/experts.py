@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from ..errors import UsageError
-from ..model.moe import Experts, MixtureOfExperts
+from ..model.layers.experts import Experts, MixtureOfExperts
 from .tensor import SPLIT, own_parts
 
 EXPERTS = ("gate_proj", "up_proj", "down_proj")

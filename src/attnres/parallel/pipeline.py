@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor
 
 from ..model import DecoderConfig
 from . import routing
-from .chunk import Border, Chunk, borders
 from .config import ONE_STAGE, V_SHAPED, ParallelConfig
+from .part import Border, Chunk, borders
 from .stage import CachingStage, Store
 
 TOKENS, LOGITS = "tokens", "logits"

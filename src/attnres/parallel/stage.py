@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed.pipelining import PipelineStage
 
-from .chunk import Chunk
+from .part import Chunk
 from .routing import Route
 
 

@@ -31,12 +31,12 @@ from torch.distributed.tensor.parallel import (
 )
 
 from ..errors import UsageError
-from ..model.attention import Attention, Context
-from ..model.feed_forward import FeedForward
-from ..model.kda import KimiDeltaAttention
-from ..model.linear import bare_weight
-from ..model.mla import MultiHeadLatentAttention
-from ..model.moe import MixtureOfExperts
+from ..model.layers.experts import MixtureOfExperts
+from ..model.layers.feed_forward import FeedForward
+from ..model.layers.gqa import Attention, Context
+from ..model.layers.kda import KimiDeltaAttention
+from ..model.layers.latent import MultiHeadLatentAttention
+from ..model.layers.linear import bare_weight
 
 TOKENS = Shard(1)
 

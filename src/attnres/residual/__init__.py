@@ -1,29 +1,29 @@
 """Residual connections as objects: one mechanism a file, all behind the four verbs of `Residual`, known by name."""
 
-from .ancre import ANCRe
-from .attention import DepthAttention
 from .base import Residual, State
-from .block_attnres import BlockAttnRes
-from .deepnorm import DeepNorm
-from .delta import Delta
-from .delta_attnres import DeltaAttnRes
-from .denseformer import DenseFormer
-from .full_attnres import FullAttnRes
-from .gated_residual import GatedResidual
-from .highway import Highway
-from .hyper_connections import HyperConnections
-from .keel import Keel
-from .laurel import Laurel
-from .layerscale import LayerScale
-from .lowrank_attnres import LowRankAttnRes
-from .mhc import ManifoldHyperConnections
-from .mhc_lite import MHCLite
-from .muddformer import MUDDFormer
-from .multihead_attnres import MultiheadAttnRes
-from .prenorm import PreNorm
+from .depth_attention import DepthAttention
+from .mechanisms.ancre import ANCRe
+from .mechanisms.block_attnres import BlockAttnRes
+from .mechanisms.deep_delta import Delta
+from .mechanisms.deepnorm import DeepNorm
+from .mechanisms.delta_attnres import DeltaAttnRes
+from .mechanisms.denseformer import DenseFormer
+from .mechanisms.full_attnres import FullAttnRes
+from .mechanisms.gated_residual import GatedResidual
+from .mechanisms.highway import Highway
+from .mechanisms.hyper_connections import HyperConnections
+from .mechanisms.keel import Keel
+from .mechanisms.laurel import Laurel
+from .mechanisms.layerscale import LayerScale
+from .mechanisms.lowrank_attnres import LowRankAttnRes
+from .mechanisms.mhc import ManifoldHyperConnections
+from .mechanisms.mhc_lite import MHCLite
+from .mechanisms.muddformer import MUDDFormer
+from .mechanisms.multihead_attnres import MultiheadAttnRes
+from .mechanisms.prenorm import PreNorm
+from .mechanisms.rezero import ReZero
+from .mechanisms.siamesenorm import SiameseNorm
 from .registry import build, get, names, register
-from .rezero import ReZero
-from .siamesenorm import SiameseNorm
 from .watch import watched
 
 __all__ = [

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import distributed, nn
 
-from ..model.moe import MixtureOfExperts
+from ..model.layers.experts import MixtureOfExperts
 
 
 def balance_experts(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..model.moe import MixtureOfExperts
+from ..model.layers.experts import MixtureOfExperts
 from ..residual.base import Residual
 from .expert_muon import ExpertMuon, Muon
 

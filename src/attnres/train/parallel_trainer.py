@@ -21,17 +21,19 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 
+from ..data.batches import Batches
+from ..data.corpus import Corpus, load_corpus
 from ..errors import Failure, UsageError
-from ..parallel import experts, gradients, mesh, shard, tensor
+from ..parallel import experts, gradients, mesh, tensor
+from ..parallel import fsdp as shard
 from ..parallel.agreement import require_same
 from ..parallel.build import build_parts
 from ..parallel.pipeline import Layout, Pipeline
+from ..run import checkpoint, hardware, sharded
+from ..run import folder as run_folder
+from ..run.config import OF_THE_CORPUS, TrainConfig
 from ..version import __version__
-from . import checkpoint, hardware, run_folder, sharded
 from .balance import balance_experts
-from .batches import Batches
-from .config import OF_THE_CORPUS, TrainConfig
-from .data import Corpus, load_corpus
 from .diagnose import non_finite_tensor
 from .journal import Journal, SilentJournal
 from .optim import build_optimizer

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import torch
 
 from ..errors import Failure, UsageError
-from . import hardware
-from .config import TrainConfig
+from ..run import hardware
+from ..run.config import TrainConfig
 
 _REFUSED = re.compile(
     r"out of memory|not enough memory|can't allocate memory|ALLOC_FAILED|Unable to allocate", re.IGNORECASE

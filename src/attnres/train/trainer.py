@@ -15,18 +15,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..data.corpus import Batches, Corpus, load_corpus, validation_batches
 from ..errors import Failure, UsageError
 from ..model import Decoder
 from ..parallel.mesh import launched_processes
-from . import checkpoint, hardware, run_folder
+from ..run import checkpoint, hardware
+from ..run import folder as run_folder
+from ..run.config import TrainConfig
 from .balance import balance_experts
-from .config import TrainConfig
-from .data import Batches, Corpus, load_corpus, validation_batches
 from .diagnose import first_non_finite, first_non_finite_gradient, non_finite_tensor
 from .journal import Journal
 from .optim import build_optimizer
 from .shortage import check_size, model_too_large, telling_shortage
-from .stopping import STOPS, starting_deaf_processes, stop_signals
+from .signals import STOPS, starting_deaf_processes, stop_signals
 
 Watch = Callable[[Decoder, int], None]
 

@@ -1,0 +1,1 @@
+"""Looking inside a model: weights, magnitudes, gradients, what a source is worth."""

@@ -1,0 +1,1 @@
+"""Text on the way to a model: sources, tokens, batches."""

@@ -1,0 +1,1 @@
+"""Measuring a model: tasks of lm-eval, and perplexity of a text."""

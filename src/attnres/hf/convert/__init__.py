@@ -1,0 +1,1 @@
+"""Conversion of pretrained transformers models: `door` opens, `table` knows architectures, `surgery` changes layers."""

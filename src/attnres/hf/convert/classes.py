@@ -1,0 +1,265 @@
+"""Converted configuration and model classes, one for each original, and their entry in transformers' Auto classes.
+
+A converted `LlamaForCausalLM` is an `AttnResLlamaForCausalLM`, a subclass, whose config has the model type
+"attnres_llama". The type is a new one on purpose: a reader that does not know it fails, where one that took the
+folder for a plain Llama would drop the depth attention and compute something else without a word.
+"""
+
+import functools
+import importlib
+import inspect
+import sys
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    conversion_mapping,
+    processing_utils,  # noqa: F401
+)
+from transformers.models.auto import tokenization_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, model_type_to_module_name
+from transformers.utils import output_capturing
+
+from ... import residual as residuals
+from ...errors import UsageError
+from ...residual import Residual
+from ..residual_place import check_verbs
+from ..self_speculation import DraftsItself
+from ..tensor_parallel import SharesTokens
+from . import table as architectures
+from .checkpointing import non_reentrant
+from .packing import with_ends
+from .surgery import DepthStream, attach, check_whole, once_a_class
+from .table import TYPE_PREFIX
+
+CLASS_PREFIX = "AttnRes"
+EXACT = ("block_attnres", "full_attnres")
+"""Mechanisms that are the plain residual sum at their initial parameters."""
+
+# importing processing_utils puts a new module in the place of transformers; who has the old one keeps it
+_MODULES = (transformers, sys.modules["transformers"])
+
+_AUTO_CLASSES = (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+
+def __getattr__(name: str) -> Any:
+    """The converted class of that name: pickle and peft look for it here, in processes that have not made it yet."""
+    original = getattr(transformers, name.removeprefix(CLASS_PREFIX), None) if name.startswith(CLASS_PREFIX) else None
+    if isinstance(original, type) and issubclass(original, PreTrainedConfig):
+        return converted_config_class(original)
+    if isinstance(original, type) and issubclass(original, PreTrainedModel):
+        return converted_model_class(original)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def is_converted(model: Any) -> bool:
+    """Whether a transformers model has been through `attnres.hf.convert`."""
+    return model.config.model_type.startswith(TYPE_PREFIX)
+
+
+def build_residual(base: Any, entry: architectures.Architecture, name: str, options: dict[str, Any]) -> Residual:
+    """The residual connection for a base model: two layers, attention and MLP, for each of its decoder layers.
+
+    Reads have the scale of the plain sum, which makes the conversion exact also for layers that do not normalise what
+    they read. Raises UsageError for mechanisms and options that do not start as the plain sum.
+    """
+    if name not in EXACT:
+        residuals.get(name)
+        raise UsageError(f"residual must be one of {', '.join(EXACT)}, which start as the plain sum; it is {name!r}")
+    if not options.get("stream_scale", True):
+        raise UsageError("stream_scale must stay True in a conversion: the model used to read a sum, not a mean")
+    if options.get("window") is not None:
+        raise UsageError("window must stay None in a conversion: the model used to read all its layers' outputs")
+    options = {**options, "stream_scale": True}
+    layers = getattr(base, entry.layers)
+    if any(entry.is_parallel(layer) for layer in layers):
+        # parallel branches read twice before they write; the two-phase schedule takes reads and writes in turn
+        if options.get("schedule") == "two_phase":
+            raise UsageError("schedule must not be 'two_phase' for a model whose attention and MLP run in parallel")
+        if options.get("schedule") in (None, "auto"):
+            options["schedule"] = "layerwise"
+    return residuals.build(name, base.config.hidden_size, 2 * len(layers), **options)
+
+
+@once_a_class
+def converted_config_class(original: Any) -> Any:
+    """The config class with two fields more: the mechanism's name and its options."""
+
+    def __post_init__(self: Any, **kwargs: Any) -> None:
+        self.residual_options = dict(self.residual_options or {})
+        register_models(type(self))
+        original.__post_init__(self, **kwargs)
+
+    body = {
+        "__module__": __name__,
+        "__doc__": f"A {original.__name__} whose model has Attention Residuals.",
+        "__annotations__": {"residual": str, "residual_options": dict[str, Any] | None},
+        "__post_init__": __post_init__,
+        "model_type": TYPE_PREFIX + original.model_type,
+        "original": original,
+        # engines that split a model into stages hand on hidden states, where here the whole state must go along
+        "base_model_pp_plan": None,
+        "residual": "block_attnres",
+        "residual_options": None,
+    }
+    converted: Any = type(CLASS_PREFIX + original.__name__, (original,), body)
+    globals()[converted.__name__] = converted  # where pickle looks for it, when an engine sends it to its workers
+    AutoConfig.register(converted.model_type, converted, exist_ok=True)
+    _share_checkpoint_layout(original.model_type, converted.model_type)
+    _share_tokenizer(original.model_type, converted.model_type)
+    return converted
+
+
+@once_a_class
+def converted_model_class(original: Any) -> Any:
+    """The model class, with or without a head, that builds or loads converted models. A converted class is its own."""
+    if original.__name__.startswith(CLASS_PREFIX):
+        return original
+
+    def __init__(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        original.__init__(self, config, *args, **kwargs)
+        upgrade(self)
+
+    names = tuple(inspect.signature(original.forward).parameters)[1:]
+
+    @functools.wraps(original.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.base_model is self:
+            check_verbs(self.residual)
+            check_whole(self, _entry_of(self))
+            args, kwargs = (), with_ends(self.config, {**dict(zip(names, args, strict=False)), **kwargs})
+        outputs = original.forward(self, *args, **kwargs)
+        return _read_streams(outputs, self.residual) if self.base_model is self else outputs
+
+    def _init_weights(self: Any, module: nn.Module) -> None:
+        if isinstance(module, Residual):
+            module.reset_parameters()
+        else:
+            original._init_weights(self, module)
+
+    @functools.wraps(original._set_gradient_checkpointing)
+    def _set_gradient_checkpointing(self: Any, enable: bool = True, *args: Any, **kwargs: Any) -> None:
+        function = args[0] if args else kwargs.get("gradient_checkpointing_func")
+        if enable and function is not None:
+            non_reentrant(function)  # refused before the first layer has changed
+        original._set_gradient_checkpointing(self, enable, *args, **kwargs)
+
+    def sublayers(self: Any) -> list[nn.Module]:
+        entry = _entry_of(self)
+        layers = getattr(self, entry.layers)
+        return [getattr(layer, name) for layer in layers for name in (entry.attention_of(layer), entry.mlp)]
+
+    body = {
+        "__module__": __name__,
+        "__doc__": f"A {original.__name__} with Attention Residuals in the place of its residual sums.",
+        "__init__": __init__,
+        "forward": forward,
+        "_init_weights": _init_weights,
+        "_set_gradient_checkpointing": _set_gradient_checkpointing,
+        "sublayers": sublayers,
+        "config_class": converted_config_class(original.config_class),
+        "original": original,
+    }
+    _share_checkpoint_layout(original.__name__, CLASS_PREFIX + original.__name__)
+    generates = (DraftsItself,) if hasattr(original, "generate") else ()
+    converted = type(CLASS_PREFIX + original.__name__, (*generates, SharesTokens, original), body)
+    globals()[converted.__name__] = converted
+    add_to_transformers(converted)
+    # transformers enters a class when it is instantiated; a model converted in place never is
+    dict.__setitem__(output_capturing._CAN_RECORD_REGISTRY, str(converted), original._can_record_outputs)
+    return converted
+
+
+def _entry_of(base: Any) -> architectures.Architecture:
+    return architectures.ARCHITECTURES[base.config.model_type.removeprefix(TYPE_PREFIX)]
+
+
+def add_to_transformers(model_class: type) -> None:
+    """Makes a model class an attribute of transformers, where servers look up what a config's `architectures` names."""
+    for module in _MODULES:
+        setattr(module, model_class.__name__, model_class)
+
+
+def upgrade(model: Any) -> None:
+    """Puts the residual connection that the config describes into the model and gives it its converted class."""
+    base = model.base_model
+    if not isinstance(getattr(base, "residual", None), Residual):
+        config = base.config
+        entry = architectures.find(base)
+        attach(base, build_residual(base, entry, config.residual, config.residual_options), entry)
+        base.__class__ = converted_model_class(type(base))
+    model.__class__ = converted_model_class(type(model))
+
+
+def register_architectures() -> None:
+    """Makes AutoConfig, and through it the AutoModel classes, know the converted form of every entry of the table."""
+    for model_type in architectures.ARCHITECTURES:
+        if model_type in CONFIG_MAPPING:
+            converted_config_class(CONFIG_MAPPING[model_type])
+
+
+@once_a_class
+def register_models(config_class: Any) -> None:
+    """Makes the AutoModel classes know the models of one converted config class.
+
+    Done when the first such config is made, so that importing attnres.hf does not import every model of the table.
+    """
+    if tokenizer_class := tokenization_auto.TOKENIZER_MAPPING.get(config_class.original, None):
+        tokenization_auto.TOKENIZER_MAPPING.register(config_class, tokenizer_class, exist_ok=True)
+    for auto_class in _AUTO_CLASSES:
+        original = auto_class._model_mapping.get(config_class.original, None)
+        if isinstance(original, type):
+            auto_class.register(config_class, converted_model_class(original), exist_ok=True)
+
+
+def original_class(name: str, config_class: Any) -> type[PreTrainedModel] | None:
+    """The transformers class of which `name` is the converted form, or None."""
+    module_name = model_type_to_module_name(config_class.original.model_type)
+    module = importlib.import_module(f"transformers.models.{module_name}")
+    found = getattr(module, name.removeprefix(CLASS_PREFIX), None)
+    return found if name.startswith(CLASS_PREFIX) and isinstance(found, type) else None
+
+
+def _share_checkpoint_layout(original: str, converted: str) -> None:
+    # transformers stores some models (mixtures of experts) under other names than it computes with
+    mapping = conversion_mapping.get_checkpoint_conversion_mapping(original)
+    if mapping is not None:
+        conversion_mapping.register_checkpoint_conversion_mapping(converted, mapping, overwrite=True)
+
+
+def _share_tokenizer(original: str, converted: str) -> None:
+    # for some model types transformers does not believe the tokenizer class that a folder names
+    names = tokenization_auto.TOKENIZER_MAPPING_NAMES
+    if original in names:
+        names[converted] = names[original]
+    if original in tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS:
+        tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS.add(converted)
+
+
+def _read_streams(outputs: Any, residual: Residual) -> Any:
+    """Replaces streams that transformers recorded as hidden states by what the next layer sees of them."""
+    if isinstance(outputs, DepthStream):
+        return outputs.hidden_states(residual)
+    if isinstance(outputs, tuple):
+        return tuple(_read_streams(item, residual) for item in outputs)
+    if getattr(outputs, "hidden_states", None) is not None:
+        outputs.hidden_states = _read_streams(outputs.hidden_states, residual)
+    return outputs
+
+
+register_architectures()

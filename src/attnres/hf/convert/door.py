@@ -1,0 +1,182 @@
+"""Turning a transformers model into an Attention Residuals model that computes the same function, and loading such
+models.
+
+At zero pseudo-queries a read is the equal-weight mean of its sources, and the sources of any layer add up to the
+standard residual stream; read at the scale of the sum, the converted model is therefore the same function at once,
+and training moves it from there.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from ...errors import Failure, UsageError
+from . import table as architectures
+from .checkpointing import check_checkpointing
+from .classes import (
+    build_residual,
+    converted_config_class,
+    converted_model_class,
+    is_converted,
+    original_class,
+    register_architectures,
+    register_models,
+    upgrade,
+)
+from .part import places_in_outer_configs
+from .table import TYPE_PREFIX
+
+
+def convert(
+    model: Any,
+    residual: str = "block_attnres",
+    num_blocks: int | None = None,
+    *,
+    block_size: int | None = None,
+    **options: Any,
+) -> Any:
+    """Replaces the residual sums of a transformers model by Attention Residuals, in place; the function stays the same.
+
+    Args:
+        model: a PreTrainedModel of an architecture in `attnres.hf.convert.table`, with or without a head; also the
+            language model inside one for images and text, whose config then says so. Of a model with a head give the
+            whole.
+        residual: "block_attnres" or "full_attnres".
+        num_blocks, block_size: for block_attnres, one of the two; the default is 8 blocks, or fewer in a shallow
+            model. Sizes count layers, where each decoder layer has two, its attention and its MLP.
+        options: others of the mechanism, such as eps.
+
+    Returns the model, its class now the converted one (`AttnResLlamaForCausalLM` for a `LlamaForCausalLM`), with a
+    config of its own. Parameters keep their names; new are `residual.pseudo_query` (zeros) and `residual.key_norm`
+    (ones) of the base model, both [layers + 1, hidden size], in the dtype and on the device of the embedding.
+
+    Raises UsageError with the reason for anything that is not such a model, is quantised, spread over devices or
+    converted already, and for sizes that do not fit; the model is then as it was.
+    """
+    _check_model(model)
+    base = model.base_model
+    entry = architectures.find(base)
+    check_checkpointing(getattr(base, entry.layers))
+    places = places_in_outer_configs(model)
+    sizes = {"num_blocks": num_blocks, "block_size": block_size}
+    options.update({name: size for name, size in sizes.items() if size is not None})
+    mechanism = build_residual(base, entry, residual, options)
+    if hasattr(mechanism, "num_blocks") and block_size is None:
+        options["num_blocks"] = mechanism.num_blocks
+    _give_own_config(model, residual, options)
+    for place in places:
+        setattr(place.config, place.name, model.config)
+    upgrade(model)
+    embedding = model.get_input_embeddings().weight
+    base.residual.to(device=embedding.device, dtype=embedding.dtype).train(model.training)
+    return model
+
+
+def load(folder: str | Path, **options: Any) -> Any:
+    """Loads an Attention Residuals model from a folder (or a Hub name): a converted one, or a native
+    `AttnResForCausalLM`.
+
+    Args:
+        folder: what `save_pretrained` of such a model wrote.
+        options: of transformers' `from_pretrained`, such as dtype, device_map or attn_implementation.
+
+    Raises UsageError if the folder holds no such model or its weights do not fit its config; Failure if a file is
+    damaged.
+    """
+    if options.pop("trust_remote_code", False):
+        raise UsageError("trust_remote_code is not needed and not accepted: no code is run from a model's folder")
+    return load_weights(_class_in(folder), folder, **options)
+
+
+def load_weights(model_class: Any, folder: str | Path, dropped: bool = False, **options: Any) -> Any:
+    """`model_class.from_pretrained` from safetensors alone, in which no parameter may stay without its weight.
+
+    Raises UsageError if weights do not fit the config (weights that the model has no place for only unless
+    `dropped`), Failure if a file is damaged.
+    """
+    # sizes that do not match are reported below, with their names
+    options |= {"output_loading_info": True, "use_safetensors": True, "ignore_mismatched_sizes": True}
+    try:
+        model, report = model_class.from_pretrained(folder, **options)
+    except SafetensorError as error:
+        raise Failure(f"a weight file in {folder} is damaged ({first_line(error)}); fetch it again") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UsageError(f"{folder} cannot be loaded: {first_line(error)}") from error
+    for kind in ("missing", "mismatched", *(() if dropped else ("unexpected",))):
+        if found := sorted(key if isinstance(key, str) else key[0] for key in report[f"{kind}_keys"]):
+            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+            raise UsageError(f"the weights in {folder} do not fit its config.json: {kind} {found[0]}{more}")
+    return model
+
+
+def read_config(folder: str | Path) -> Any:
+    """The transformers config in a model folder. Raises UsageError if there is none that can be read."""
+    if Path(folder).is_dir() and not (Path(folder) / "config.json").is_file():
+        raise UsageError(f"{folder} has no config.json; give the folder of a transformers model")
+    register_architectures()
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{folder} has no config that can be read: {first_line(error)}") from error
+    architectures.check_config(config)
+    return config
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def _class_in(folder: str | Path) -> Any:
+    config = read_config(folder)
+    if config.model_type == "attnres":
+        return AutoModelForCausalLM
+    if not config.model_type.startswith(TYPE_PREFIX):
+        raise UsageError(f"{folder} holds a {config.model_type!r} model without Attention Residuals; convert it first")
+    name = (config.architectures or [""])[0]
+    original = original_class(name, type(config))
+    if original is None:
+        raise UsageError(f"{folder} names the model class {name!r}, which is not a converted class of transformers")
+    return converted_model_class(original)
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, PreTrainedModel):
+        hint = "; merge the adapter into it first" if hasattr(model, "peft_config") else ""
+        raise UsageError(f"model must be a transformers PreTrainedModel; it is a {type(model).__name__}{hint}")
+    if is_converted(model) or model.config.model_type == "attnres":
+        raise UsageError(f"{type(model).__name__} has Attention Residuals already")
+    if getattr(model, "peft_config", None) or getattr(model, "_hf_peft_config_loaded", False):
+        raise UsageError("the model carries adapters; convert it first and add them afterwards")
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        raise UsageError("the model is spread over several devices; convert it on one, then load it with a device_map")
+    if getattr(model.config, "quantization_config", None) is not None or getattr(model, "is_quantized", False):
+        raise UsageError("the model is quantised; convert the original in full precision, then quantise the result")
+    for name, module in model.base_model.named_modules():
+        if _is_quantised(module):
+            raise UsageError(
+                f"module {name} ({type(module).__name__}) is quantised and cannot carry training on; "
+                f"convert the original in full precision, then quantise the result"
+            )
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    integers = any(not p.is_floating_point() for p in module.parameters(recurse=False))
+    return integers or "quantized" in type(module).__module__
+
+
+def _give_own_config(model: Any, residual: str, options: dict[str, Any]) -> None:
+    """Gives the model and all its modules one converted copy of their config; other models may share the old one."""
+    old: Any = model.config
+    new: Any = copy.deepcopy(old)
+    new.__class__ = converted_config_class(old.__class__)
+    register_models(new.__class__)
+    new.residual, new.residual_options = residual, options
+    new.architectures = None
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if value is old:
+                vars(module)[name] = new

@@ -1,0 +1,54 @@
+"""A model that is part of another one, which saves it: the outer config must say that it is converted."""
+
+import gc
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ...errors import UsageError
+
+
+class Place(NamedTuple):
+    """Where the config of a part stands in that of the whole."""
+
+    config: Any
+    name: str
+
+
+def places_in_outer_configs(model: Any) -> list[Place]:
+    """Where the models around `model`, such as one for images and text, keep what they build it from.
+
+    Raises UsageError if one of them has no config of its own for it, and so would save and load it unconverted.
+    """
+    places = []
+    for outer in _models_around(model):
+        found = [] if outer.config is model.config else list(_same_kind(outer.config, model.config))
+        if len(found) != 1:
+            whole = type(outer).__name__
+            mend = f"convert the {whole}" if not found else "convert it before it is put there"
+            raise UsageError(
+                f"the {type(model).__name__} is part of a {whole}, which would save it as a plain one; {mend}"
+            )
+        places += found
+    return places
+
+
+def _models_around(model: Any) -> list[Any]:
+    # modules do not know what they are part of
+    if _holders(model):
+        gc.collect()  # an outer model that nobody has any more holds nothing
+    return _holders(model)
+
+
+def _holders(model: Any) -> list[Any]:
+    models = [it for it in gc.get_objects() if issubclass(type(it), PreTrainedModel) and it is not model]
+    return [it for it in models if any(module is model for module in it.modules())]
+
+
+def _same_kind(config: Any, part: Any) -> Iterator[Place]:
+    for name, value in vars(config).items():
+        if value is part or type(value) is type(part):
+            yield Place(config, name)
+        elif isinstance(value, PreTrainedConfig):
+            yield from _same_kind(value, part)

@@ -1,0 +1,1 @@
+"""One kind of layer a file: attention kinds and feed-forward kinds."""

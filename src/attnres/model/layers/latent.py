@@ -1,0 +1,94 @@
+"""Multi-head latent attention without positional encoding, which caches one latent a token instead of keys and values
+(MLA: DeepSeek-V2, arXiv 2405.04434, section 2.1; without positions: Kimi Linear, arXiv 2510.26692).
+
+    c = RMSNorm(W_c x), p = W_p x                       the latent, R numbers, and a key part that all heads share, P
+    k_h = [W_k,h c; p], v_h = W_v,h c                   N + P and V numbers
+    y = W_o [softmax(q_h k_h^T / sqrt(N + P)) v_h]_h
+
+The cache holds c and p: R + P numbers a token, whatever the number of heads (512 + 64 in the 48B model). In front of it
+there are two forms of one function. Expanded: make k and v of all tokens and attend with H heads. Absorbed: since
+q_h . W_k,h c = (W_k,h^T q_h) . c, attend with the latents themselves as the one key and value of all heads, and apply
+W_v after. The second spares the expansion of every cached token and costs more per pair of tokens, so it is for the few
+new tokens of decoding. Where an adapter or a quantiser has taken the place of W_k and W_v, only the first is there.
+
+Shape suffixes as in `attention`, and R latent width, P shared key width, N width of a head's own key, V value width.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ...residual.base import normed
+from ..config import DecoderConfig
+from .gqa import Context, layer_input
+from .linear import bare_weight
+
+
+class MultiHeadLatentAttention(nn.Module):
+    """One latent attention layer: its input norm, the projections, and the norm of the latent.
+
+    `layer_idx` counts attention layers of all kinds, for the cache. Modules are named as in DeepSeek's and Kimi's
+    published models; `head_dim`, the width of a query, and `num_key_value_groups` as Hugging Face's attention functions
+    read them.
+    """
+
+    is_causal = True
+    num_key_value_groups = 1
+
+    def __init__(self, config: DecoderConfig, layer_idx: int) -> None:
+        super().__init__()
+        assert config.kv_lora_rank is not None and config.v_head_dim is not None
+        assert config.qk_nope_head_dim is not None and config.qk_rope_head_dim is not None
+        self.config = config
+        self.layer_idx = layer_idx
+        self.rank, self.shared, self.value = config.kv_lora_rank, config.qk_rope_head_dim, config.v_head_dim
+        self.own = config.qk_nope_head_dim
+        self.head_dim = self.own + self.shared
+        heads, width = config.num_attention_heads, config.hidden_size
+        self.norm = nn.RMSNorm(width, config.rms_norm_eps)
+        self.q_proj = nn.Linear(width, heads * self.head_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(width, self.rank + self.shared, bias=False)
+        self.kv_a_layernorm = nn.RMSNorm(self.rank, config.rms_norm_eps)
+        self.kv_b_proj = nn.Linear(self.rank, heads * (self.own + self.value), bias=False)
+        self.o_proj = nn.Linear(heads * self.value, width, bias=False)
+
+    def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
+        """The layer's output [B, T, D] for its already normalised input [B, T, D]."""
+        x_BTD = layer_input(self, x_BTD, context)
+        q_BHTE = self.q_proj(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        c_BTR, p_BTP = self.kv_a_proj_with_mqa(x_BTD).split([self.rank, self.shared], -1)
+        c_B1SR, p_B1SP = normed(c_BTR, self.kv_a_layernorm).unsqueeze(1), p_BTP.unsqueeze(1)
+        if context.cache is not None:
+            c_B1SR, p_B1SP = context.cache.update(c_B1SR, p_B1SP, self.layer_idx)
+        w_YR = bare_weight(self.kv_b_proj) if context.absorb else None  # None with an adapter, which wants a call
+        if w_YR is not None and self.absorbs(x_BTD.shape[1], c_B1SR.shape[2]):
+            o_BTHV = self.absorbed(q_BHTE, c_B1SR, p_B1SP, w_YR, context)
+        else:
+            o_BTHV = self.expanded(q_BHTE, c_B1SR, p_B1SP, context)
+        return self.o_proj(o_BTHV.flatten(2))
+
+    def absorbs(self, new: int, tokens: int) -> bool:
+        """Whether the absorbed form takes fewer operations for `new` queries over `tokens` keys."""
+        expansion = self.rank * (self.own + self.value)  # per key and head, or per query and head if absorbed
+        dearer = 2 * self.rank - self.own - self.value  # per pair and head
+        return new * expansion + new * tokens * dearer < tokens * expansion
+
+    def expanded(self, q_BHTE: Tensor, c_B1SR: Tensor, p_B1SP: Tensor, context: Context) -> Tensor:
+        """Attention [B, T, H, V] of queries over tokens with these latents and shared keys."""
+        kv_BHSX = self.kv_b_proj(c_B1SR.squeeze(1)).unflatten(-1, (-1, self.own + self.value)).transpose(1, 2)
+        k_BHSN, v_BHSV = kv_BHSX.split([self.own, self.value], -1)
+        k_BHSE = torch.cat([k_BHSN, p_B1SP.expand(*k_BHSN.shape[:-1], -1)], -1)
+        return context.attend(self, q_BHTE, k_BHSE, v_BHSV, context.mask)
+
+    def absorbed(self, q_BHTE: Tensor, c_B1SR: Tensor, p_B1SP: Tensor, w_YR: Tensor, context: Context) -> Tensor:
+        """What `expanded` returns, with the expansion w_YR applied to queries and outputs instead of keys and values.
+
+        w_YR: the matrix of kv_b_proj, Y = H (N + V).
+        """
+        w_HXR = w_YR.unflatten(0, (-1, self.own + self.value))
+        k_HNR, v_HVR = w_HXR.split([self.own, self.value], 1)
+        q_BHTN, q_BHTP = q_BHTE.split([self.own, self.shared], -1)
+        q_BHTX = torch.cat([q_BHTN @ k_HNR, q_BHTP], -1)
+        heads = (-1, q_BHTE.shape[1], -1, -1)
+        k_BHSX, v_BHSR = torch.cat([c_B1SR, p_B1SP], -1).expand(heads), c_B1SR.expand(heads)
+        o_BTHR = context.attend(self, q_BHTX, k_BHSX, v_BHSR, context.mask)
+        return torch.einsum("bthr,hvr->bthv", o_BTHR, v_HVR)

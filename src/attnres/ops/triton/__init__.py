@@ -1,0 +1,1 @@
+"""Triton kernels, one a file, and the backend that calls them."""

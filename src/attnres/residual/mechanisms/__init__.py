@@ -1,0 +1,1 @@
+"""One residual mechanism a file, each known to the registry by name."""

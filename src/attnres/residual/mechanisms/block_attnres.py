@@ -1,0 +1,197 @@
+"""Block AttnRes: attention over the sums of blocks of layers (paper sections 3 and 4).
+
+The L layers form N blocks of S layers. b_0 is the embedding, b_n the sum of block n's layer outputs. The first layer of
+block n attends over [b_0 .. b_{n-1}], a later one also over the block's partial sum. Memory and pipeline traffic are
+O(N D) a token instead of O(L D), and about eight blocks keep most of the gain.
+
+Two schedules give the same function. Layer by layer: each read attends over all its sources. Two-phase: pseudo-queries
+do not depend on activations, so when a block begins one pass over the finished blocks serves all its layers, and each
+layer then merges the one source that is new, the partial sum.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ... import ops
+from ...errors import UsageError
+from ..base import check_turn, normed, split_norm, split_scaled
+from ..depth_attention import DepthAttention
+from ..registry import register
+
+
+class BlockState(NamedTuple):
+    """The value that travels from layer to layer.
+
+    blocks: finished blocks, the embedding first, each [..., D]; partial: sum of the present block's outputs, None at
+    its start;
+    update: a layer output not yet added to it (two-phase only); outs, lses: phase 1's results for the layers of the
+    present block that have not read yet (two-phase only); folded: all queries, folded, in a pass without gradients.
+    """
+
+    blocks: tuple[Tensor, ...]
+    partial: Tensor | None
+    update: Tensor | None
+    outs: tuple[Tensor, ...]
+    lses: tuple[Tensor, ...]
+    folded: Tensor | None = None
+
+
+@register("block_attnres")
+class BlockAttnRes(DepthAttention):
+    """Block AttnRes.
+
+    Args:
+        dim: width D.
+        num_layers: L; every attention and every MLP is one layer.
+        block_size: S, layers in a block; the last block is shorter if L % S != 0.
+        num_blocks: N, at most L; blocks have L // N layers and the last takes the remainder too. The default is 8, or L
+            if that is less. Give one of the two, not both. N = L is Full AttnRes; N = 1 the plain sum with the
+            embedding apart.
+        eps: of the key norm.
+        stream_scale: multiply each read by its number of sources. At zero queries a read is then the plain residual sum
+            itself and not its mean, so that the eps of the norm that follows never bites (the decoder's default).
+        schedule: "layerwise"; "two_phase" unless the state must stay lean; or "auto": two-phase on CUDA and, without
+            gradients, on CPUs, again unless the state must stay lean, else layerwise.
+        query: "learned", the pseudo-query w_l; or "input", W_l RMSNorm(v) / D of the newest source v with a D x D
+            matrix a layer.
+        mixing: "softmax" over the sources; "sigmoid" of each logit alone; or "static", learned scalars without
+            queries and keys.
+        key_normalised: RMSNorm on the keys; without it a key is the source itself.
+        heads: H, slices of the width that attend with weights of their own.
+        null_source: add a source of zeros to the softmax, so that a layer may turn away from all others (softmax1).
+        temperature: divides the logits.
+
+    All from `query` on are switches of the paper's ablation, as in `FullAttnRes`. Raises UsageError for sizes that are
+    not positive, more blocks than layers, both sizes given, or switches that exclude each other.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_layers: int,
+        *,
+        block_size: int | None = None,
+        num_blocks: int | None = None,
+        eps: float = 1e-6,
+        stream_scale: bool = False,
+        schedule: str = "auto",
+        query: str = "learned",
+        mixing: str = "softmax",
+        key_normalised: bool = True,
+        heads: int = 1,
+        null_source: bool = False,
+        temperature: float = 1.0,
+    ) -> None:
+        switches = dict(query=query, mixing=mixing, key_normalised=key_normalised, heads=heads)
+        super().__init__(
+            dim, num_layers, eps, stream_scale, schedule, **switches, null_source=null_source, temperature=temperature
+        )
+        self.block_starts = block_starts(num_layers, block_size, num_blocks)
+        ends = (*self.block_starts[1:], num_layers)
+        self._block_of = [n for n, end in enumerate(ends) for _ in range(self.block_starts[n], end)]
+        self._block_end = dict(zip(self.block_starts, ends, strict=True))
+        self.add_parameters()
+
+    @property
+    def num_blocks(self) -> int:
+        """N, without the embedding."""
+        return len(self.block_starts)
+
+    def start(self, embedding: Tensor) -> BlockState:
+        return BlockState((embedding,), None, None, (), (), self.folded_queries(embedding))
+
+    def read(self, state: BlockState, layer: int, norm: nn.Module | None = None) -> tuple[Tensor, BlockState]:
+        starts = self._starts_block(layer)
+        if state.outs and not starts:
+            return self._merge(state, layer, norm)
+        sources = self.sources(state, layer)
+        # with gradients, to read the embedding again costs no more than to merge with it
+        worth = len(sources) > 1 or not torch.is_grad_enabled()
+        if starts and layer < self.num_layers and worth and self.two_phase(sources[0]):
+            return self._open_block(sources, state.folded, layer, norm)
+        x, sources = self.single_read(sources, layer, norm, state.folded)
+        blocks, partial = (sources, None) if starts else (sources[:-1], sources[-1])
+        return x, BlockState(blocks, partial, None, (), (), state.folded)
+
+    def write(self, state: BlockState, layer: int, output: Tensor) -> BlockState:
+        unread = state.partial is not None and self._starts_block(layer)  # the finished block is still a partial sum
+        check_turn(state.update is None and not unread, "write", layer)
+        if state.outs:  # the next read adds it, in the same pass as the merge
+            return state._replace(update=output)
+        return state._replace(partial=_plus(state.partial, output))
+
+    def latest(self, state: BlockState) -> Tensor:
+        return self.sources(state, self.num_layers)[-1]
+
+    def finish(self, state: BlockState, norm: nn.Module | None = None) -> Tensor:
+        return self.read(state, self.num_layers, norm)[0]
+
+    def sources(self, state: BlockState, layer: int) -> tuple[Tensor, ...]:
+        partial = state.partial if state.update is None else _plus(state.partial, state.update)
+        return state.blocks if partial is None else (*state.blocks, partial)
+
+    def tensor_names(self, state: BlockState, layer: int) -> list[str]:
+        names = [f"block {n}" for n in range(len(state.blocks))]
+        if state.partial is not None:  # in front of a block's first layer it is the finished block before
+            names.append(f"block {len(names)}" if self._starts_block(layer) else f"partial {layer}")
+        return names
+
+    def num_sources(self, layer: int) -> int:
+        if layer == self.num_layers:
+            return self.num_blocks + 1
+        return self._block_of[layer] + (1 if self._starts_block(layer) else 2)
+
+    def _starts_block(self, layer: int) -> bool:
+        return layer == self.num_layers or layer in self._block_end
+
+    def _open_block(
+        self, blocks: tuple[Tensor, ...], folded: Tensor | None, layer: int, norm: nn.Module | None
+    ) -> tuple[Tensor, BlockState]:
+        queries, key_norms = self.queries(folded, layer, self._block_end[layer])
+        fold, rest = split_norm(norm, self.dim)
+        scale = self.scale(len(blocks))
+        (x, *outs), lses, handed_on = ops.inter_block_threaded(
+            queries, blocks, key_norms, self.eps, scale=scale, norm=fold
+        )
+        state = BlockState(tuple(handed_on), None, None, tuple(outs), tuple(lses[1:]), folded)
+        return x if fold else normed(x, rest, scale), state
+
+    def _merge(self, state: BlockState, layer: int, norm: nn.Module | None) -> tuple[Tensor, BlockState]:
+        update = state.update
+        left = self._block_end[self.block_starts[self._block_of[layer]]] - layer
+        check_turn(update is not None and len(state.outs) == left, "read", layer)
+        assert update is not None
+        query, key_norm = self.queries(state.folded, layer)
+        fold, inside, rest, behind = split_scaled(norm, self.dim, self.scale(len(state.blocks) + 1))
+        partial, x = ops.merge_norm(
+            query, state.partial, update, key_norm, state.outs[0], state.lses[0], self.eps, scale=inside, norm=fold
+        )
+        after = BlockState(state.blocks, partial, None, state.outs[1:], state.lses[1:], state.folded)
+        return normed(x, rest, behind), after
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, block_starts={self.block_starts}"
+
+
+def block_starts(num_layers: int, block_size: int | None, num_blocks: int | None) -> tuple[int, ...]:
+    """First layer of every block, from one of the two sizes."""
+    if block_size is not None and num_blocks is not None:
+        raise UsageError(f"give block_size or num_blocks, not both; they are {block_size} and {num_blocks}")
+    for name, value in (("block_size", block_size), ("num_blocks", num_blocks)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise UsageError(f"{name} must be a positive whole number; it is {value!r}")
+    if block_size is not None:
+        return tuple(range(0, num_layers, block_size))
+    count = min(8, num_layers) if num_blocks is None else num_blocks
+    if count > num_layers:
+        raise UsageError(f"num_blocks must be at most the number of layers, {num_layers}; it is {count}")
+    size = num_layers // count
+    return tuple(range(0, size * count, size))
+
+
+def _plus(partial: Tensor | None, output: Tensor) -> Tensor:
+    return output if partial is None else partial + output
