@@ -1,6 +1,7 @@
 """The protocol of the server, spoken to in this process: what clients send, what is refused, what comes back."""
 
 import asyncio
+import copy
 import json
 import logging
 
@@ -41,6 +42,9 @@ class Served:
             seeded=isinstance(engine, OneByOne),
         )
         self.app = App(reader, Answers("small", self.tokenizer, engine), Hosts("127.0.0.1"))
+        self.model = copy.deepcopy(engine.model)
+        """Another, since some versions of transformers cannot call one that a batch uses."""
+        self.model.set_attn_implementation(engine.model.config._attn_implementation.removeprefix("paged|"))
 
     async def request(self, path, body=b"", method="POST", host="localhost:8000"):
         """(status, JSON, or the list of what a stream's events say)."""
@@ -76,7 +80,7 @@ class Served:
         ids = self.tokenizer(prompt, return_tensors="pt")["input_ids"]
         for _ in range(tokens):
             with torch.no_grad():
-                logits = self.engine.model(input_ids=ids, use_cache=False).logits
+                logits = self.model(input_ids=ids, use_cache=False).logits
             ids = torch.cat((ids, logits[:, -1:].argmax(-1)), dim=1)
         return self.tokenizer.decode(ids[0, -tokens:])
 
@@ -275,7 +279,7 @@ def test_draws_of_a_batch_follow_the_distribution(served):
     """One token, 128 answers at once, five times: the counts of its tokens against what the model says."""
     ids = served.tokenizer("the block", return_tensors="pt")["input_ids"]
     with torch.no_grad():
-        want = (served.engine.model(input_ids=ids).logits[0, -1] / 0.7).softmax(-1)
+        want = (served.model(input_ids=ids).logits[0, -1] / 0.7).softmax(-1)
     count = torch.zeros(VOCAB)
     for _ in range(5):
         _, answer = served.ask({"prompt": "the block", "max_tokens": 1, "temperature": 0.7, "n": 128})
@@ -316,7 +320,7 @@ def test_log_probabilities_as_evaluation_harnesses_ask_for_them(served):
     _, answer = served.ask({**body, "model": "small"})
     for choice, row, known in zip(answer["choices"], ids, (4, 5), strict=True):
         with torch.no_grad():
-            scores = served.engine.model(input_ids=torch.tensor([row])).logits[0].log_softmax(-1)
+            scores = served.model(input_ids=torch.tensor([row])).logits[0].log_softmax(-1)
         want = [scores[i, token].item() for i, token in enumerate(row[1:])]
         found = choice["logprobs"]
         assert found["token_logprobs"][0] is None and found["top_logprobs"][0] is None
@@ -337,7 +341,7 @@ def test_log_probabilities_of_an_answer(served):
     found = answer["choices"][0]["logprobs"]
     ids = served.tokenizer("the block" + answer["choices"][0]["text"], return_tensors="pt")["input_ids"]
     with torch.no_grad():
-        scores = served.engine.model(input_ids=ids).logits[0].log_softmax(-1)
+        scores = served.model(input_ids=ids).logits[0].log_softmax(-1)
     want = [scores[i - 1, ids[0, i]].item() for i in range(len("the block"), ids.shape[1])]
     torch.testing.assert_close(torch.tensor(found["token_logprobs"]), torch.tensor(want), rtol=0, atol=1e-5)
     assert found["tokens"] == list(answer["choices"][0]["text"]) and all(len(top) == 3 for top in found["top_logprobs"])

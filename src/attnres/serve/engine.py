@@ -29,7 +29,7 @@ class Engine(ABC):
     """What generates for the server. A forward pass of one request must not run beside another, hence one thread."""
 
     def __init__(self, model: Any) -> None:
-        self.model = model
+        self.model = self.scorer = model
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         ends = model.generation_config.eos_token_id
         self.ends: frozenset[int] = frozenset([ends] if isinstance(ends, int) else ends or [])
@@ -54,7 +54,7 @@ class Engine(ABC):
 
     @torch.no_grad()
     def _logits(self, ids: list[int]) -> torch.Tensor:
-        return self.model(input_ids=torch.tensor([ids], device=self.model.device), use_cache=False).logits[0]
+        return self.scorer(input_ids=torch.tensor([ids], device=self.scorer.device), use_cache=False).logits[0]
 
 
 class OneByOne(Engine):
@@ -118,6 +118,8 @@ class Batched(Engine):
     def __init__(self, model: Any, config: ContinuousBatchingConfig) -> None:
         super().__init__(model)
         config.per_request_processors = True
+        # Some versions give the model paged attention for good; what scores is another module with the same weights.
+        self.scorer = copy.deepcopy(model, {id(weight): weight for weight in (*model.parameters(), *model.buffers())})
         try:
             self.manager = model.init_continuous_batching(_settings(model, Sampling(ANY, ANY, None)), config)
         except ValueError as error:
@@ -174,18 +176,6 @@ class Batched(Engine):
     def _stopped(self) -> Stopped:
         error = self.manager.background_thread_status.fatal_error
         return Stopped(f"continuous batching has ended ({error}); start the server anew")
-
-    @torch.no_grad()
-    def _logits(self, ids: list[int]) -> torch.Tensor:
-        attention = self.model.config._attn_implementation
-        with self.manager.pause():
-            if attention != "paged|eager":
-                return super()._logits(ids)
-            self.model.set_attn_implementation("eager")
-            try:
-                return super()._logits(ids)
-            finally:
-                self.model.set_attn_implementation(attention)
 
     def close(self) -> None:
         self.manager.stop(block=True, timeout=2, hard_stop=True)
