@@ -186,7 +186,7 @@ def buffers(line: pipeline.Pipeline) -> list[Tensor]:
         for table in (stage.args_recv_info, stage.grad_recv_info)
         for info in table.values()
     ]
-    return [info.buffer for group in infos for info in group if info.buffer is not None]
+    return [buffer for group in infos for info in group if (buffer := getattr(info, "buffer", None)) is not None]
 
 
 def compare_all(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:

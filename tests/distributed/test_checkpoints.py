@@ -13,10 +13,11 @@ from attnres.run import checkpoint, sharded
 from attnres.run.folder import load_run, newest_checkpoint
 
 from . import runs
+from .versions import V_SHAPED
 
 PP = {"pp": 4, "microbatches": 4, "schedule": "Interleaved1F1B", "virtual_stages": 2}
 TP_PP = {"tp": 2, "pp": 2, "microbatches": 2}
-SHARD_PP = {"shard": 2, "pp": 2, "microbatches": 2, "schedule": "ZBVZeroBubble", "virtual_stages": 2}
+SHARD_PP = {"shard": 2, "pp": 2, "microbatches": 2, "schedule": V_SHAPED, "virtual_stages": 2}
 EP = {"shard": 4, "ep": 2}
 EP_PP = {"shard": 2, "pp": 2, "ep": 2, "microbatches": 2}
 ALONE: dict = {}

@@ -21,6 +21,7 @@ from attnres.parallel.rendezvous import agreed_name
 from attnres.run.folder import newest_checkpoint, read_config
 
 from . import runs
+from .versions import SPLITS_BACKWARD
 
 VICTIM = Path(__file__).with_name("victim.py")
 FLAGS = """
@@ -184,7 +185,9 @@ REFUSALS = [
     ("--parallel.dp 2 --parallel.pp 2 --parallel.schedule DualPipeV", "set virtual_stages to 2, not 1"),
     (
         "--parallel.pp 4 --parallel.schedule InterleavedZeroBubble --checkpointing",
-        "splits the backward pass, so that checkpointing would compute every Transformer block more than twice",
+        "splits the backward pass, so that checkpointing would compute every Transformer block more than twice"
+        if SPLITS_BACKWARD
+        else "splits the backward pass, which is tested on torch 2.13 and newer only",
     ),
     ("--parallel.dp 4 --compile", "compile works in a single process only; leave it out, or leave out parallel"),
 ]

@@ -9,6 +9,7 @@ from torch.distributed.pipelining import PipelineStage
 from attnres.parallel.stage import CachingStage
 
 from . import pipelines
+from .versions import trusted
 
 TOLERANCE = 1e-10
 
@@ -73,6 +74,7 @@ def name_of(case):
 
 @pytest.mark.parametrize(("size", "cases"), [(4, FOUR[:10]), (4, FOUR[10:19]), (4, FOUR[19:]), (2, TWO), (8, EIGHT)])
 def test_loss_gradients_and_bytes_are_those_of_one_process(world, size, cases):
+    cases = [case for case in cases if trusted(case["parallel"]["schedule"])]
     ranks = world(size).run(pipelines.compare_all, cases, seconds=240)
     for one, results in zip(cases, zip(*ranks, strict=True), strict=True):
         label = name_of(one)

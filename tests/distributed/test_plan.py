@@ -20,6 +20,7 @@ from attnres.plan.training import Cluster, chunk_flops, plan
 
 from . import pipelines
 from .plans import BF16, FP32, TWO_ROUNDS, shape
+from .versions import V_SHAPED
 
 # bytes on the wire
 
@@ -47,7 +48,7 @@ REAL = [
     {"parallel": TWO_ROUNDS, "model": {"block_size": 5}},
     {"parallel": {**TWO_ROUNDS, "pipeline_cache": "off"}},
     {"parallel": {**TWO_ROUNDS, "schedule": "LoopedBFS", "microbatches": 3}, "model": {"residual": "full_attnres"}},
-    {"parallel": {"pp": 4, "virtual_stages": 2, "schedule": "ZBVZeroBubble", "microbatches": 8}},
+    {"parallel": {"pp": 4, "virtual_stages": 2, "schedule": V_SHAPED, "microbatches": 8}},
     {"parallel": TWO_ROUNDS, "model": {"residual": "prenorm"}},
 ]
 
@@ -72,7 +73,7 @@ def test_bytes_and_store_are_those_of_four_processes(world):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("residual", ["block_attnres", "full_attnres", "prenorm", "layerscale"])
 @pytest.mark.parametrize("split", [{}, {"pp": 3, "microbatches": 3}, {**TWO_ROUNDS, "schedule": "ZBVZeroBubble"}])
-def test_parameters_are_those_of_the_chunks(split, residual, tied):
+def test_parameters_are_those_of_the_chunks(newer_torch, split, residual, tied):
     config, parallel = shape(residual, layers=10, tie_word_embeddings=tied), ParallelConfig(**split)
     found = plan(config, parallel, batch_size=parallel.microbatch_count, context=4)
     layout = Layout(config, parallel, (1, 4, 16), FP32)
@@ -134,7 +135,7 @@ def test_experts_of_one_process_each_are_not_gathered():
         assert other.gathered_bytes - one.gathered_bytes == 4 * 3 * size
 
 
-def test_what_is_in_flight_follows_the_schedule():
+def test_what_is_in_flight_follows_the_schedule(newer_torch):
     config = shape(layers=16)
 
     def ranks(schedule: str, stages: int, **fields: Any) -> list[RankPlan]:
@@ -149,7 +150,7 @@ def test_what_is_in_flight_follows_the_schedule():
     assert all(a.activation_bytes > b.activation_bytes for a, b in zip(ranks("GPipe", 1), folded, strict=True))
 
 
-def test_the_history_is_held_once_and_its_gradients_wait():
+def test_the_history_is_held_once_and_its_gradients_wait(newer_torch):
     config, unit = shape(layers=8, residual_options={"block_size": 1}), 4 * 16 * 2
     split = ParallelConfig(pp=2, virtual_stages=2, schedule="LoopedBFS", microbatches=1)
     first, second = plan(config, split, batch_size=1, context=4).ranks

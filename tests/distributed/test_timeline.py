@@ -13,6 +13,7 @@ from attnres.parallel.pipeline import Layout
 from attnres.plan import timeline
 
 from .plans import FP32, shape
+from .versions import trusted
 
 
 def performed(case: dict[str, Any]) -> list[tuple[str, int, int]]:
@@ -57,6 +58,8 @@ def performed(case: dict[str, Any]) -> list[tuple[str, int, int]]:
     ],
 )
 def test_the_walk_is_what_ranks_do(world, schedule, stages, count):
+    if not trusted(schedule):
+        pytest.skip("a schedule that is refused on this version of torch")
     case = {"pp": 4, "virtual_stages": stages, "schedule": schedule, "microbatches": count}
     for done, planned in zip(world(4).run(performed, case), timeline.orders(ParallelConfig(**case)), strict=True):
         assert done == [tuple(one) for one in planned]

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from . import runs
+from .versions import V_SHAPED
 
-ZERO_BUBBLE = {"schedule": "ZBVZeroBubble", "virtual_stages": 2}
+ZERO_BUBBLE = {"schedule": V_SHAPED, "virtual_stages": 2}
 INTERLEAVED = {"schedule": "Interleaved1F1B", "virtual_stages": 2}
 TIED, FULL = {"tie_word_embeddings": True}, {"residual": "full_attnres", "residual_options": {}}
 HYBRID = {

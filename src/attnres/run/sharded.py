@@ -62,14 +62,16 @@ def save(
     with ExitStack() as stack:
         scratch = on_first(lambda: stack.enter_context(checkpoint.new_checkpoint(root, step, keep)))
         try:
-            metadata = dcp.save(tensors, storage_writer=dcp.FileSystemWriter(scratch))
+            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(scratch))
         except CheckpointException as error:
             raise Failure(
                 f"cannot save step {step} under {root}: {_reasons(error)} (earlier checkpoints are untouched)"
             ) from error
 
         def finish() -> None:
-            # asked for by name: on a network disk a listing may lack what other machines have just written
+            # asked for by name: on a network disk a listing may lack what other machines have just written;
+            # and from the file: what `save` returns lacks them on torch 2.11
+            metadata = dcp.FileSystemReader(scratch).read_metadata()
             names = sorted({checkpoint.METADATA, *(stored.relative_path for stored in metadata.storage_data.values())})
             files: dict[str, dict[str, Any]] = {name: {"bytes": (scratch / name).stat().st_size} for name in names}
             files[checkpoint.METADATA]["sha256"] = checkpoint.sha256(scratch / checkpoint.METADATA)
