@@ -22,7 +22,7 @@ NORM, NORM_BACKWARD = 2, 3
 
 # what it costs a source's reader to join its gradient with that of later readers
 AUTOGRAD = ADD
-THREADED = 1  # the kernel that writes the gradient adds what it was handed
+CHAINED = 1  # the kernel that writes the gradient adds what it was handed
 
 FEW_QUERIES, FEW_SOURCES = 4, 12  # for so many at most phase 1 holds all rows of a token in registers, up to D=4096
 
@@ -58,7 +58,7 @@ def add_norm() -> Passes:
 
 
 def read(m: int, join: float = 0, prior: bool = False) -> Passes:
-    """One read of m sources and its norm; back: the sources and dx in, their gradients out. join: AUTOGRAD or THREADED
+    """One read of m sources and its norm; back: the sources and dx in, their gradients out. join: AUTOGRAD or CHAINED
     if the sources have later readers. prior: it goes on from phase 1's read, one more row in; back: in, its gradient
     out."""
     return Passes(m + prior + 1, (2 + join) * m + 2 * prior + 1)
@@ -136,11 +136,11 @@ def per_read(L: int, S: int, partials: float = 8) -> Passes:
     return layer_by_layer(L, S, lambda m: Passes(m + 1, 2 * m + 1 + partials))
 
 
-def per_read_threaded(L: int, S: int) -> Passes:
+def per_read_chained(L: int, S: int) -> Passes:
     """A fused read that hands its sources on: what this library does for lean states, of Full AttnRes (S = 1) too. The
     first layer's read is the embedding itself, which autograd joins with the chain."""
-    forward, backward = layer_by_layer(L, S, read, join=THREADED)
-    return Passes(forward, backward + AUTOGRAD - THREADED)
+    forward, backward = layer_by_layer(L, S, read, join=CHAINED)
+    return Passes(forward, backward + AUTOGRAD - CHAINED)
 
 
 def two_phase_recomputed(L: int, S: int, norms: bool = True) -> Passes:
@@ -160,12 +160,12 @@ def two_phase_recomputed(L: int, S: int, norms: bool = True) -> Passes:
     return Passes(forward, backward)
 
 
-def two_phase(L: int, S: int, width: int, threaded: bool = True) -> Passes:
+def two_phase(L: int, S: int, width: int, chained: bool = True) -> Passes:
     """Two phases with sums and norms fused, sources handed on from block to block (this library).
 
-    threaded=False: each phase 1 writes gradients of its own, which autograd joins.
+    chained=False: each phase 1 writes gradients of its own, which autograd joins.
     """
-    forward, backward = two_phase_rows(L, S, THREADED if threaded else AUTOGRAD)
+    forward, backward = two_phase_rows(L, S, CHAINED if chained else AUTOGRAD)
     return Passes(forward, backward + sums_and_scalars(blocks(L, S), width))
 
 
@@ -174,7 +174,7 @@ def sums_and_scalars(parts: list[tuple[int, int]], width: int) -> float:
     return sum(0.13 * s + 16 * n * s / (2 * width) for n, s in parts)
 
 
-def two_phase_rows(L: int, S: int, join: float = THREADED) -> Passes:
+def two_phase_rows(L: int, S: int, join: float = CHAINED) -> Passes:
     """The same without what is summed over tokens and scalars. The first block is read layer by layer, which moves as
     much; a block's last sum is formed when it is written."""
     parts = blocks(L, S)
@@ -212,10 +212,10 @@ def full_two_phase_rows(L: int, layerwise_first: bool = True, size: int | None =
     steps, joins = [], 0
     for n, s in groups(L, size):
         if n == 1 and layerwise_first:
-            steps += [norm(), *(read(j + 1, THREADED) for j in range(1, s))]
+            steps += [norm(), *(read(j + 1, CHAINED) for j in range(1, s))]
             joins += AUTOGRAD
         else:
-            steps += [inter_block(n, s, THREADED, normed=True), *(read(j, THREADED, prior=True) for j in range(1, s))]
+            steps += [inter_block(n, s, CHAINED, normed=True), *(read(j, CHAINED, prior=True) for j in range(1, s))]
     steps.append(read(L + 1))  # in front of the head
     return Passes(sum(step.forward for step in steps), joins + sum(step.backward for step in steps))
 
@@ -253,11 +253,11 @@ DESIGNS: dict[str, Callable[[int, int, int], Passes]] = {
     "fused read (flash-linear-attention, Triton)": lambda D, L, S: per_read(L, S),
     "fused read (flash-linear-attention, Gluon)": lambda D, L, S: per_read(L, S, partials=0.25),
     "two-phase, recomputed (flash-attn-res)": lambda D, L, S: two_phase_recomputed(L, S),
-    "fused read, threaded": lambda D, L, S: per_read_threaded(L, S),
-    "two-phase fused, autograd's sums": lambda D, L, S: two_phase(L, S, D, threaded=False),
-    "**two-phase fused, threaded**": lambda D, L, S: two_phase(L, S, D),
+    "fused read, chained": lambda D, L, S: per_read_chained(L, S),
+    "two-phase fused, autograd's sums": lambda D, L, S: two_phase(L, S, D, chained=False),
+    "**two-phase fused, chained**": lambda D, L, S: two_phase(L, S, D),
     "least possible": lambda D, L, S: least(L, S),
-    "Full AttnRes, fused read, threaded": lambda D, L, S: per_read_threaded(L, 1),
+    "Full AttnRes, fused read, chained": lambda D, L, S: per_read_chained(L, 1),
     "Full AttnRes in two phases": lambda D, L, S: full_two_phase(L, D),
 }
 

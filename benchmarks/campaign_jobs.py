@@ -99,7 +99,7 @@ def inputs(bench: Bench, spec: Spec) -> tuple[list[Tensor], list[Tensor], Callab
     def call(shared: list[Tensor], rows: list[Tensor]) -> list[Tensor]:
         norm = (shared[-1], EPS)
         if spec.op == "read":
-            x, handed = ops.read_norm_threaded(shared[0], rows, shared[1], EPS, scale=scale, norm=norm)
+            x, handed = ops.read_norm_chained(shared[0], rows, shared[1], EPS, scale=scale, norm=norm)
             return [x, *handed]
         if spec.op == "read, no norm":
             h = ops.depth_attention(shared[0], rows, shared[1], EPS)
@@ -107,13 +107,13 @@ def inputs(bench: Bench, spec: Spec) -> tuple[list[Tensor], list[Tensor], Callab
             return [h]
         if spec.op == "read, prior":
             *sources, out, lse = rows
-            x, handed = ops.read_norm_threaded(
+            x, handed = ops.read_norm_chained(
                 shared[0], sources, shared[1], EPS, scale=scale, norm=norm, prior=(out, lse)
             )
             return [x, *handed]
         if spec.op.startswith("phase 1"):
             of_first = {"scale": scale, "norm": norm} if spec.op == "phase 1, norm" else {}
-            outs, lses, handed = ops.inter_block_threaded(shared[0], rows, shared[1], EPS, **of_first)
+            outs, lses, handed = ops.inter_block_chained(shared[0], rows, shared[1], EPS, **of_first)
             return [*outs, *lses, *handed]
         if spec.op.startswith("phase 2"):
             *partial, update, out, lse = rows

@@ -146,12 +146,12 @@ def phase_1(bench: Bench, tokens: int, width: int, n: int, queries: int) -> Case
         return Variant(forward, [*vectors, *rows], directions, fewest, lambda: expected(lse))
 
     def handed_on() -> list[Tensor]:
-        outs, lses, readers = ops.inter_block_threaded(vectors[0], sources, vectors[1], EPS)
+        outs, lses, readers = ops.inter_block_chained(vectors[0], sources, vectors[1], EPS)
         return [*outs, *lses, *readers]
 
     variants = {
         "attnres": variant(ops.inter_block, sources),
-        "attnres, threaded": Variant(handed_on, [*vectors, *sources], [*douts, *dlses, *later], chained, None),
+        "attnres, chained": Variant(handed_on, [*vectors, *sources], [*douts, *dlses, *later], chained, None),
     }
     if bench.compiled:
         variants["attnres, compiled"] = variant(timing.compiled(ops.inter_block), sources)

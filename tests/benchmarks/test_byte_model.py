@@ -46,7 +46,7 @@ def test_bytes_and_shares_of_a_step(benchmarks: Path) -> None:
 
     rows = dict(line[2:].split(" | ", 1) for line in byte_model.table(2048, 32, 8).splitlines()[4:])
     assert rows["standard residual, add + norm fused"] == "4.0 + 4.0 | 268 + 268 | 17.2 | 5.7 | 2.3 % |"
-    assert rows["**two-phase fused, threaded**"] == "6.2 + 8.3 | 413 + 557 | 31.0 | 10.3 | 4.2 % |"
+    assert rows["**two-phase fused, chained**"] == "6.2 + 8.3 | 413 + 557 | 31.0 | 10.3 | 4.2 % |"
     assert rows["least possible"].endswith("| 19.0 | 6.3 | 2.6 % |")
 
 
@@ -107,11 +107,11 @@ def test_designs_are_ordered(benchmarks: Path) -> None:
         totals = {name: design(width, layers, size).total for name, design in byte_model.DESIGNS.items()}
         full_two_phase, full = (
             totals.pop("Full AttnRes in two phases"),
-            totals.pop("Full AttnRes, fused read, threaded"),
+            totals.pop("Full AttnRes, fused read, chained"),
         )
-        *others, unthreaded, threaded, least = totals.values()
-        assert all(a < b for a, b in itertools.pairwise([least, threaded, unthreaded, min(others[2:])]))
-        assert threaded < full_two_phase < full
+        *others, unchained, chained, least = totals.values()
+        assert all(a < b for a, b in itertools.pairwise([least, chained, unchained, min(others[2:])]))
+        assert chained < full_two_phase < full
 
 
 @pytest.mark.parametrize(("layers", "most"), [(16, 23.2), (24, 28.2), (32, 32.0), (48, 37.0), (64, 42.1), (128, 57.8)])

@@ -110,24 +110,24 @@ def both_ways(traffic: Traffic, call: Callable[[], Any], sources: list[Tensor], 
     return [forward, backward]
 
 
-@pytest.mark.parametrize("threaded", [False, True])
+@pytest.mark.parametrize("chained", [False, True])
 @pytest.mark.parametrize("n", [1, 3, 6])
-def test_a_read(benchmarks: Path, traffic: Traffic, n: int, threaded: bool) -> None:
+def test_a_read(benchmarks: Path, traffic: Traffic, n: int, chained: bool) -> None:
     import byte_model
 
     sources, (query, key_norm), norm = rows(n), vectors(), (torch.ones(WIDTH, requires_grad=True), EPS)
 
     def call() -> list[Tensor]:
-        x, handed_on = kernels.read_norm_threaded(query, sources, key_norm, EPS, scale=2.0, norm=norm)
+        x, handed_on = kernels.read_norm_chained(query, sources, key_norm, EPS, scale=2.0, norm=norm)
         return [x, *handed_on]
 
-    moved = both_ways(traffic, call, sources, 1 + n if threaded else 1)
-    assert moved == list(byte_model.read(n, byte_model.THREADED if threaded else 0))
+    moved = both_ways(traffic, call, sources, 1 + n if chained else 1)
+    assert moved == list(byte_model.read(n, byte_model.CHAINED if chained else 0))
 
 
-@pytest.mark.parametrize("threaded", [False, True])
+@pytest.mark.parametrize("chained", [False, True])
 @pytest.mark.parametrize("n", [1, 6])
-def test_a_read_that_goes_on_from_phase_1(benchmarks: Path, traffic: Traffic, n: int, threaded: bool) -> None:
+def test_a_read_that_goes_on_from_phase_1(benchmarks: Path, traffic: Traffic, n: int, chained: bool) -> None:
     import byte_model
 
     (out, *sources), (query, key_norm), norm = rows(n + 1), vectors(), (torch.ones(WIDTH, requires_grad=True), EPS)
@@ -135,11 +135,11 @@ def test_a_read_that_goes_on_from_phase_1(benchmarks: Path, traffic: Traffic, n:
 
     def call() -> list[Tensor]:
         prior = (out, lse)
-        x, handed_on = kernels.read_norm_threaded(query, sources, key_norm, EPS, scale=2.0, norm=norm, prior=prior)
+        x, handed_on = kernels.read_norm_chained(query, sources, key_norm, EPS, scale=2.0, norm=norm, prior=prior)
         return [x, *handed_on]
 
-    moved = both_ways(traffic, call, [out, *sources], 1 + n if threaded else 1)
-    assert moved == list(byte_model.read(n, byte_model.THREADED if threaded else 0, prior=True))
+    moved = both_ways(traffic, call, [out, *sources], 1 + n if chained else 1)
+    assert moved == list(byte_model.read(n, byte_model.CHAINED if chained else 0, prior=True))
 
 
 def test_phase_1_holds_as_many_rows_as_the_model_says(benchmarks: Path) -> None:
@@ -150,20 +150,20 @@ def test_phase_1_holds_as_many_rows_as_the_model_says(benchmarks: Path) -> None:
 
 
 @pytest.mark.parametrize("normed", [False, True])
-@pytest.mark.parametrize("threaded", [False, True])
+@pytest.mark.parametrize("chained", [False, True])
 @pytest.mark.parametrize(("n", "queries"), [(1, 3), (1, 5), (2, 1), (2, 4), (12, 2), (13, 2), (5, 6)])
-def test_phase_1(benchmarks: Path, traffic: Traffic, n: int, queries: int, threaded: bool, normed: bool) -> None:
+def test_phase_1(benchmarks: Path, traffic: Traffic, n: int, queries: int, chained: bool, normed: bool) -> None:
     import byte_model
 
     sources, (q, g) = rows(n), vectors(queries)
     norm = (torch.ones(WIDTH, requires_grad=True), EPS) if normed else None
 
     def call() -> list[Tensor]:
-        outs, _, handed_on = kernels.inter_block_threaded(q, sources, g, EPS, scale=2.0 if normed else 1.0, norm=norm)
+        outs, _, handed_on = kernels.inter_block_chained(q, sources, g, EPS, scale=2.0 if normed else 1.0, norm=norm)
         return [*outs, *handed_on]
 
-    moved = both_ways(traffic, call, sources, queries + n if threaded else queries)
-    assert moved == list(byte_model.inter_block(n, queries, byte_model.THREADED if threaded else 0, normed))
+    moved = both_ways(traffic, call, sources, queries + n if chained else queries)
+    assert moved == list(byte_model.inter_block(n, queries, byte_model.CHAINED if chained else 0, normed))
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -232,9 +232,9 @@ def test_layer_by_layer_path(benchmarks: Path, traffic: Traffic, L: int, S: int)
     import byte_model
 
     block = BlockAttnRes(WIDTH, L, block_size=S, stream_scale=True, schedule="layerwise")
-    assert path(traffic, block, L) == list(byte_model.per_read_threaded(L, S))
+    assert path(traffic, block, L) == list(byte_model.per_read_chained(L, S))
     if S == 1:
-        assert path(traffic, FullAttnRes(WIDTH, L), L) == list(byte_model.per_read_threaded(L, S))
+        assert path(traffic, FullAttnRes(WIDTH, L), L) == list(byte_model.per_read_chained(L, S))
 
 
 @pytest.mark.parametrize(("L", "size"), [(1, None), (2, None), (5, None), (10, None), (17, 4), (11, 5)])

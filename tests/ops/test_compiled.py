@@ -54,8 +54,8 @@ def test_a_read_and_its_gradients(chosen, order, dtype):
 def test_the_forms_that_residual_connections_use(chosen, order, weighted):
     def forms(query, key_norm, a, b):
         sources, norm = [(a, b)[i] for i in order], (key_norm if weighted else None, 1e-3)
-        x, handed_on = ops.read_norm_threaded(query, sources, key_norm, 1e-3, scale=2.0, norm=norm)
-        (out,), (lse,), handed_on = ops.inter_block_threaded(query[None], handed_on, key_norm[None], 1e-3)
+        x, handed_on = ops.read_norm_chained(query, sources, key_norm, 1e-3, scale=2.0, norm=norm)
+        (out,), (lse,), handed_on = ops.inter_block_chained(query[None], handed_on, key_norm[None], 1e-3)
         total, merged = ops.merge_norm(query, sources[0], sources[-1], key_norm, out, lse, 1e-3, norm=norm)
         first, second = ops.merge_norm(query, None, sources[0], key_norm, out, lse, 1e-3, norm=norm)
         return x, total, merged, first, second, *ops.add_norm(handed_on[0], handed_on[-1], norm=norm)
@@ -64,7 +64,7 @@ def test_the_forms_that_residual_connections_use(chosen, order, weighted):
 
 
 def test_a_query_that_is_a_source(chosen):
-    assert_same_compiled(lambda q, g, *_: (ops.read_norm_threaded(q, [g, q], None, 1e-3)[0],), leaves()[:2])
+    assert_same_compiled(lambda q, g, *_: (ops.read_norm_chained(q, [g, q], None, 1e-3)[0],), leaves()[:2])
 
 
 def test_no_search_for_packages_is_traced():

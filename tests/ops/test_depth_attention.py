@@ -106,7 +106,7 @@ def test_fused_forms_are_their_parts(backend, norm, first):
     normed = lambda h: h if pair is None else torch.nn.functional.rms_norm(h, (17,), weight, 1e-3)  # noqa: E731
     read = normed(3 * ops.depth_attention(query, sources, key_norm))
     torch.testing.assert_close(ops.read_norm(query, sources, key_norm, 1e-6, scale=3.0, norm=pair), read)
-    x, handed_on = ops.read_norm_threaded(query, sources, key_norm, 1e-6, scale=3.0, norm=pair)
+    x, handed_on = ops.read_norm_chained(query, sources, key_norm, 1e-6, scale=3.0, norm=pair)
     torch.testing.assert_close([x, *handed_on], [read, *sources])
     (out,), (lse,) = ops.inter_block(query[None], sources, key_norm[None])
     total = update if first else partial + update

@@ -97,10 +97,10 @@ def test_read(n, width, tokens, dtype, norm, magnitude):
 
 
 @pytest.mark.parametrize(("n", "dtype", "norm"), [(1, F16, "none"), (3, F32, "affine"), (5, F16, "plain")])
-def test_threaded_read_hands_sources_on(n, dtype, norm):
+def test_chained_read_hands_sources_on(n, dtype, norm):
     def call(module, parameters, sources):
         query, key_norm, weight = parameters
-        x, handed_on = module.read_norm_threaded(query, sources, key_norm, 1e-6, scale=1.0, norm=norm_of(norm, weight))
+        x, handed_on = module.read_norm_chained(query, sources, key_norm, 1e-6, scale=1.0, norm=norm_of(norm, weight))
         return (x, *handed_on)
 
     width = 40
@@ -133,11 +133,11 @@ def test_inter_block(n, queries, width, tokens, dtype, magnitude, monkeypatch):
 
 
 @pytest.mark.parametrize(("n", "queries", "dtype"), [(1, 3, F16), (2, 5, F32), (5, 2, F16), (17, 2, F32)])
-def test_threaded_inter_block_hands_sources_on(n, queries, dtype):
+def test_chained_inter_block_hands_sources_on(n, queries, dtype):
     """As with few tokens: a program has two queries at most."""
 
     def call(module, parameters, sources):
-        outs, lses, handed_on = module.inter_block_threaded(parameters[0], sources, parameters[1], 1e-6)
+        outs, lses, handed_on = module.inter_block_chained(parameters[0], sources, parameters[1], 1e-6)
         return (*outs, *lses, *handed_on)
 
     width = 24
@@ -163,7 +163,7 @@ def test_first_read_with_its_norm(n, queries, dtype, norm, rows, monkeypatch):
 
     def call(module, parameters, sources):
         queries, key_norms, weight = parameters
-        outs, lses, handed_on = module.inter_block_threaded(
+        outs, lses, handed_on = module.inter_block_chained(
             queries, sources, key_norms, 1e-6, scale=3.0, norm=norm_of(norm, weight)
         )
         return (*outs, *lses, *handed_on)
@@ -178,8 +178,8 @@ def test_first_read_with_its_norm(n, queries, dtype, norm, rows, monkeypatch):
 def test_the_launch_table_decides_on_speed_alone(kernel, tile):
     def call(module, parameters, sources):
         queries, key_norms = parameters
-        outs, lses, sources = module.inter_block_threaded(queries, sources, key_norms, 1e-6, norm=(None, 1e-5))
-        x, sources = module.read_norm_threaded(queries[0], sources, key_norms[0], 1e-6, scale=2.0, norm=None)
+        outs, lses, sources = module.inter_block_chained(queries, sources, key_norms, 1e-6, norm=(None, 1e-5))
+        x, sources = module.read_norm_chained(queries[0], sources, key_norms[0], 1e-6, scale=2.0, norm=None)
         return (*outs, *lses, x, *sources)
 
     parameters = [0.3 * randn(2, 24), 1 + 0.1 * randn(2, 24, seed=1)]
@@ -195,7 +195,7 @@ def test_read_goes_on_from_phase_1(n, width, tokens, dtype, norm):
     def call(module, parameters, activations):
         query, key_norm, weight, lse = parameters
         out, *sources = activations
-        x, handed_on = module.read_norm_threaded(
+        x, handed_on = module.read_norm_chained(
             query, sources, key_norm, 1e-6, scale=2.0, norm=norm_of(norm, weight), prior=(out, lse)
         )
         return (x, *handed_on)

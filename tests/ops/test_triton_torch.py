@@ -41,7 +41,7 @@ def leaves(n: int, *leading: int) -> dict[str, Tensor]:
 def block(module, queries: Tensor, key_norms: Tensor, weight: Tensor, *sources: Tensor) -> tuple[Tensor, ...]:
     """A block of three layers, each of which doubles what it reads, and the read of the next layer."""
     norm = (weight, NORM_EPS)
-    outs, lses, sources = module.inter_block_threaded(queries, sources, key_norms, EPS)
+    outs, lses, sources = module.inter_block_chained(queries, sources, key_norms, EPS)
     partial, update = None, 2 * outs[0]
     for i in (1, 2):
         partial, x = module.merge_norm(
@@ -49,7 +49,7 @@ def block(module, queries: Tensor, key_norms: Tensor, weight: Tensor, *sources: 
         )
         update = 2 * x
     total, x = module.add_norm(partial, update, norm=norm)
-    y, sources = module.read_norm_threaded(queries[0], [*sources, total], key_norms[0], EPS, scale=3.0, norm=norm)
+    y, sources = module.read_norm_chained(queries[0], [*sources, total], key_norms[0], EPS, scale=3.0, norm=norm)
     return x, y, *sources
 
 
@@ -166,15 +166,15 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def read_three_times(threaded: bool) -> int:
+def read_three_times(chained: bool) -> int:
     """Adds that autograd makes for two sources, each with three readers."""
     tensors = leaves(2, 2)
     sources = [tensors["source0"] * 1, tensors["source1"] * 1]
     results = []
     for i in range(3):
         query, key_norm = tensors["queries"].detach()[i], tensors["key_norms"].detach()[i]
-        if threaded:
-            x, sources = kernels.read_norm_threaded(query, sources, key_norm, EPS, scale=1.0, norm=None)
+        if chained:
+            x, sources = kernels.read_norm_chained(query, sources, key_norm, EPS, scale=1.0, norm=None)
         else:
             x = kernels.read_norm(query, sources, key_norm, EPS, scale=1.0, norm=None)
         results.append(x)
@@ -183,12 +183,12 @@ def read_three_times(threaded: bool) -> int:
     return calls.counts.get("add", 0)
 
 
-def test_threading_leaves_autograd_nothing_to_add():
-    assert read_three_times(threaded=False) == 4
-    assert read_three_times(threaded=True) == 0
+def test_chaining_leaves_autograd_nothing_to_add():
+    assert read_three_times(chained=False) == 4
+    assert read_three_times(chained=True) == 0
 
 
-def test_threaded_blocks_leave_autograd_nothing_to_add(monkeypatch):
+def test_chained_blocks_leave_autograd_nothing_to_add(monkeypatch):
     merges = []
     gradients = triton_autograd.merge_gradients
     monkeypatch.setattr(triton_autograd, "merge_gradients", lambda *a: merges.append(a) or gradients(*a))
@@ -219,9 +219,9 @@ def test_a_tensor_may_be_used_twice_in_a_compiled_op():
     """torch.compile refuses, or before torch 2.13 loses gradients of, a Function's input that comes twice."""
 
     def call(query, key_norm, a, b):
-        x, handed_on = kernels.read_norm_threaded(query, [a, b, a], key_norm, EPS, scale=1.0, norm=None)
+        x, handed_on = kernels.read_norm_chained(query, [a, b, a], key_norm, EPS, scale=1.0, norm=None)
         queries, key_norms = torch.stack([query, key_norm]), torch.stack([key_norm, query])
-        outs, lses, others = kernels.inter_block_threaded(queries, [a, b, b], key_norms, EPS)
+        outs, lses, others = kernels.inter_block_chained(queries, [a, b, b], key_norms, EPS)
         total, y = kernels.merge_norm(query, a, a, key_norm, outs[0], lses[0], EPS, scale=1.0, norm=None)
         twice, z = kernels.add_norm(b, b, norm=(query, NORM_EPS))
         return x, *handed_on, *outs, *others, total, y, twice, z
@@ -374,7 +374,7 @@ BAD = {
     "lse must have shape": lambda: ops.merge(Q, A, G, B, torch.zeros(3, device=DEVICE)),
     r"\(partial, update, out\)": lambda: ops.merge_norm(Q, A, B[:1], G, B, A.sum(-1), EPS, scale=1.0, norm=None),
     "norm_weight must have shape": lambda: ops.add_norm(A, B, norm=(Q[1:], EPS)),
-    "float16 and float32": lambda: ops.read_norm_threaded(Q.double(), [A.double()], G.double(), EPS),
+    "float16 and float32": lambda: ops.read_norm_chained(Q.double(), [A.double()], G.double(), EPS),
     "eps must be": lambda: ops.depth_attention(Q, [A], G, -1.0),
 }
 

@@ -58,13 +58,13 @@ def test_every_read_is_the_one_with_gradients(name, count, options, shape, mode)
 def test_a_layer_of_a_block_is_one_merge(monkeypatch):
     """Phase 1 once a block, for all its layers; then the pending add, the merge and the norm in one call."""
     calls = []
-    for name in ("inter_block_threaded", "merge_norm", "read_norm"):
+    for name in ("inter_block_chained", "merge_norm", "read_norm"):
         form = getattr(inference, name)
         monkeypatch.setattr(inference, name, lambda *a, name=name, form=form, **k: calls.append(name) or form(*a, **k))
     model = build("block_attnres", 6, {"num_blocks": 2})
     with torch.no_grad():
         run(*model, torch.randn(1, 1, DIM, dtype=torch.float64))
-    block = ["inter_block_threaded", "merge_norm", "merge_norm"]
+    block = ["inter_block_chained", "merge_norm", "merge_norm"]
     assert calls == [*block, *block, "read_norm"]
 
 

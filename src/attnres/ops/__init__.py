@@ -27,11 +27,11 @@ __all__ = [
     "depth_attention",
     "fold",
     "inter_block",
-    "inter_block_threaded",
+    "inter_block_chained",
     "merge",
     "merge_norm",
     "read_norm",
-    "read_norm_threaded",
+    "read_norm_chained",
     "rms_norm",
     "set_backend",
 ]
@@ -176,7 +176,7 @@ def rms_norm(h: Tensor, norm: Norm) -> Tensor:
     return select(h).rms_norm(h, norm)
 
 
-def inter_block_threaded(
+def inter_block_chained(
     queries: Tensor,
     sources: Sequence[Tensor],
     key_norms: Tensor | None,
@@ -196,10 +196,10 @@ def inter_block_threaded(
         check_queries(queries, queries if key_norms is None else key_norms, sources[0].shape[-1], sources[0].device)
         check_norm(norm, sources[0])
     chosen = select(sources[0], len(sources))
-    return chosen.inter_block_threaded(queries, sources, key_norms, eps, scale=scale, norm=norm)
+    return chosen.inter_block_chained(queries, sources, key_norms, eps, scale=scale, norm=norm)
 
 
-def read_norm_threaded(
+def read_norm_chained(
     query: Tensor,
     sources: Sequence[Tensor],
     key_norm: Tensor | None,
@@ -209,7 +209,7 @@ def read_norm_threaded(
     norm: Norm | None = None,
     prior: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """`read_norm` that also hands the sources on, for the same reason as `inter_block_threaded`.
+    """`read_norm` that also hands the sources on, for the same reason as `inter_block_chained`.
 
     prior: one entry each of phase 1's (out, lse), [..., D] and [...]; the read goes on from it, as if it had read those
     sources too.
@@ -224,7 +224,7 @@ def read_norm_threaded(
             check_sources([sources[0], prior[0]], "(source, out)")
             check_statistics(prior[1], prior[0])
     chosen = select(sources[0], len(sources))
-    return chosen.read_norm_threaded(query, sources, key_norm, eps, scale=scale, norm=norm, prior=prior)
+    return chosen.read_norm_chained(query, sources, key_norm, eps, scale=scale, norm=norm, prior=prior)
 
 
 def _careful(source: Tensor) -> bool:

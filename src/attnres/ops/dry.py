@@ -17,11 +17,11 @@ __all__ = [
     "add_norm",
     "depth_attention",
     "inter_block",
-    "inter_block_threaded",
+    "inter_block_chained",
     "merge",
     "merge_norm",
     "read_norm",
-    "read_norm_threaded",
+    "read_norm_chained",
     "rms_norm",
 ]
 
@@ -87,7 +87,7 @@ def inter_block(
     return outs or [sources[0]] * len(queries), list(lse.unbind(0))
 
 
-def inter_block_threaded(
+def inter_block_chained(
     queries: Tensor,
     sources: Sequence[Tensor],
     key_norms: Tensor | None,
@@ -106,7 +106,7 @@ def read_norm(
     return _Read.apply(query, key_norm, None if norm is None else norm[0], None, None, *sources)
 
 
-def read_norm_threaded(
+def read_norm_chained(
     query: Tensor,
     sources: Sequence[Tensor],
     key_norm: Tensor,

@@ -23,7 +23,7 @@ from .reference import (
     distinct,
     fold,
     inter_block,
-    inter_block_threaded,
+    inter_block_chained,
     merge,
     merge_norm,
     rms_norm,
@@ -34,11 +34,11 @@ __all__ = [
     "add_norm",
     "depth_attention",
     "inter_block",
-    "inter_block_threaded",
+    "inter_block_chained",
     "merge",
     "merge_norm",
     "read_norm",
-    "read_norm_threaded",
+    "read_norm_chained",
     "rms_norm",
 ]
 
@@ -120,7 +120,7 @@ def read_norm(
     return rms_norm(depth_attention(query, sources, key_norm, eps, scale=scale), norm)  # type: ignore[arg-type]
 
 
-def read_norm_threaded(
+def read_norm_chained(
     query: Tensor,
     sources: Sequence[Tensor],
     key_norm: Tensor | None,
@@ -131,5 +131,5 @@ def read_norm_threaded(
     prior: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     if prior is not None:
-        return reference.read_norm_threaded(query, sources, key_norm, eps, scale=scale, norm=norm, prior=prior)
+        return reference.read_norm_chained(query, sources, key_norm, eps, scale=scale, norm=norm, prior=prior)
     return read_norm(query, sources, key_norm, eps, scale=scale, norm=norm), list(sources)

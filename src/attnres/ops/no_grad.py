@@ -25,11 +25,11 @@ __all__ = [
     "add_norm",
     "depth_attention",
     "inter_block",
-    "inter_block_threaded",
+    "inter_block_chained",
     "merge",
     "merge_norm",
     "read_norm",
-    "read_norm_threaded",
+    "read_norm_chained",
     "rms_norm",
 ]
 
@@ -133,7 +133,7 @@ def add_norm(stream: Tensor, update: Tensor, *, norm: Norm | None) -> tuple[Tens
     return stream, rms_norm(stream, norm)
 
 
-def inter_block_threaded(
+def inter_block_chained(
     queries: Tensor,
     sources: Sequence[Tensor],
     key_norms: Tensor | None,
@@ -148,7 +148,7 @@ def inter_block_threaded(
     return outs, lses, list(sources)
 
 
-def read_norm_threaded(
+def read_norm_chained(
     query: Tensor,
     sources: Sequence[Tensor],
     key_norm: Tensor | None,

@@ -156,7 +156,7 @@ def join_reads(earlier: tuple[Tensor, Tensor], later: tuple[Tensor, Tensor], sca
     return mix(torch.stack([torch.sigmoid(-gap), torch.sigmoid(gap)]) * scale, [earlier[0], later[0]])
 
 
-def inter_block_threaded(
+def inter_block_chained(
     queries: Tensor,
     sources: Sequence[Tensor],
     key_norms: Tensor | None,
@@ -171,7 +171,7 @@ def inter_block_threaded(
     return outs, lses, list(sources)
 
 
-def read_norm_threaded(
+def read_norm_chained(
     query: Tensor,
     sources: Sequence[Tensor],
     key_norm: Tensor | None,

@@ -145,7 +145,7 @@ class DepthAttention(Residual):
         if layer == self.num_layers:  # nobody reads after the output read
             x = ops.read_norm(query, sources, key_norm, self.eps, scale=inside, norm=fold)
             return normed(x, rest, behind), sources
-        x, handed_on = ops.read_norm_threaded(query, sources, key_norm, self.eps, scale=inside, norm=fold)
+        x, handed_on = ops.read_norm_chained(query, sources, key_norm, self.eps, scale=inside, norm=fold)
         return normed(x, rest, behind), tuple(handed_on)
 
     def attend(self, layer: int, sources: tuple[Tensor, ...], scale: float) -> tuple[Tensor, Tensor]:

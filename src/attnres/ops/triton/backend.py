@@ -26,11 +26,11 @@ __all__ = [
     "add_norm",
     "depth_attention",
     "inter_block",
-    "inter_block_threaded",
+    "inter_block_chained",
     "merge",
     "merge_norm",
     "read_norm",
-    "read_norm_threaded",
+    "read_norm_chained",
     "rms_norm",
 ]
 
@@ -56,7 +56,7 @@ def inter_block(
     queries: Tensor, sources: Sequence[Tensor], key_norms: Tensor, eps: float = 1e-6
 ) -> tuple[list[Tensor], list[Tensor]]:
     """S reads [..., D] and their log-sum-exps [...] in fp32, in one pass over the sources."""
-    return inter_block_threaded(queries, sources, key_norms, eps)[:2]
+    return inter_block_chained(queries, sources, key_norms, eps)[:2]
 
 
 def merge(
@@ -116,7 +116,7 @@ def rms_norm(h: Tensor, norm: Norm | None) -> Tensor:
     return h if norm is None else _add_norm(None, h, norm)[1]
 
 
-def inter_block_threaded(
+def inter_block_chained(
     queries: Tensor,
     sources: Sequence[Tensor],
     key_norms: Tensor | None,
@@ -130,7 +130,7 @@ def inter_block_threaded(
     check_supported(sources[0], len(sources))
     backward = differentiates(queries, key_norms, norm and norm[0], *sources)
     if norm is not None and not norm_fits(sources[0], len(sources), len(queries), backward):
-        outs, lses, sources = inter_block_threaded(queries, sources, key_norms, eps)
+        outs, lses, sources = inter_block_chained(queries, sources, key_norms, eps)
         return [rms_norm(outs[0], scaled_norm(norm, scale)), *outs[1:]], lses, sources
     weight, norm_eps = norm or (None, None)
     if backward:
@@ -143,7 +143,7 @@ def inter_block_threaded(
     return list(outs), list(lse.unbind(0)), list(handed_on)
 
 
-def read_norm_threaded(
+def read_norm_chained(
     query: Tensor,
     sources: Sequence[Tensor],
     key_norm: Tensor | None,

@@ -154,7 +154,7 @@ class BlockAttnRes(DepthAttention):
         queries, key_norms = self.queries(folded, layer, self._block_end[layer])
         fold, rest = split_norm(norm, self.dim)
         scale = self.scale(len(blocks))
-        (x, *outs), lses, handed_on = ops.inter_block_threaded(
+        (x, *outs), lses, handed_on = ops.inter_block_chained(
             queries, blocks, key_norms, self.eps, scale=scale, norm=fold
         )
         state = BlockState(tuple(handed_on), None, None, tuple(outs), tuple(lses[1:]), folded)

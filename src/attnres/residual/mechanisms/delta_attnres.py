@@ -71,10 +71,10 @@ class DeltaAttnRes(Residual):
         if layer in (0, self.num_layers):
             return normed(stream, norm), DeltaState(deltas, partial, stream)
         row = layer - self.first_layer
-        selected, threaded = ops.read_norm_threaded(self.pseudo_query[row], deltas, self.key_norm[row], self.eps)
+        selected, handed_on = ops.read_norm_chained(self.pseudo_query[row], deltas, self.key_norm[row], self.eps)
         fold, rest = split_norm(norm, self.dim)
         _, x = ops.add_norm(stream, selected, norm=fold)
-        return normed(x, rest), DeltaState(tuple(threaded), partial, stream)
+        return normed(x, rest), DeltaState(tuple(handed_on), partial, stream)
 
     def write(self, state: DeltaState, layer: int, output: Tensor) -> DeltaState:
         deltas, partial, stream = state

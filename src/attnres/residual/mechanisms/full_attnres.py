@@ -131,7 +131,7 @@ class FullAttnRes(DepthAttention):
         queries, key_norms = self.queries(state.folded, layer, min(layer + self.group_size, self.num_layers))
         fold, rest = split_norm(norm, self.dim)
         scale = self.scale(len(state.outputs))
-        (x, *outs), lses, outputs = ops.inter_block_threaded(
+        (x, *outs), lses, outputs = ops.inter_block_chained(
             queries, state.outputs, key_norms, self.eps, scale=scale, norm=fold
         )
         after = FullState(tuple(outputs), tuple(outs), tuple(lses[1:]), state.folded)
@@ -145,7 +145,7 @@ class FullAttnRes(DepthAttention):
         earlier, own = state.outputs[:first], state.outputs[first:]
         fold, inside, rest, behind = split_scaled(norm, self.dim, self.scale(len(state.outputs)))
         query, key_norm = self.queries(state.folded, layer)
-        x, handed_on = ops.read_norm_threaded(
+        x, handed_on = ops.read_norm_chained(
             query,
             own,
             key_norm,
