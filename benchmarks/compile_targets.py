@@ -30,11 +30,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from attnres.ops.triton import inter_block as triton_inter_block
 from attnres.ops.triton import launch as triton_launch
-from attnres.ops.triton import merge as triton_merge
-from attnres.ops.triton import norm as triton_norm
-from attnres.ops.triton import read as triton_read
+from attnres.ops.triton.inter_block import inter_block
+from attnres.ops.triton.inter_block_backward import inter_block_gradients, rows_fit
+from attnres.ops.triton.merge import merge, merge_gradients
+from attnres.ops.triton.norm import add_norm, add_norm_gradients
+from attnres.ops.triton.read import read, read_gradients
 
 TOKENS = 16384
 ARCHITECTURES = (80, 90, 100)
@@ -124,14 +125,13 @@ def operations(shape: Shape) -> Iterator[tuple[Callable[[], Any], dict[str, Any]
     sources = [row(TOKENS, width) for _ in range(n)]
     x, q, lse = sources[0], row(width), numbers(TOKENS)
     s, norm, scale = row(queries, width), (1e-6, 1e-6), 2.0
-    reads, stats = (triton_read.read, triton_read.read_gradients), numbers(TOKENS, 2 * n + 2)
+    stats = numbers(TOKENS, 2 * n + 2)
     # the outputs of a layer's own group are few; its read of them goes on from phase 1's
     for prior in ((None, None), (x, lse)) if n <= 5 else ((None, None),):
         counts = {"sources": f"{n} + prior" if prior[0] is not None else n}
-        yield lambda prior=prior: reads[0](q, q, sources, *prior, q, *norm, scale), counts
-        yield lambda prior=prior: reads[1](q, q, sources, *prior, q, stats, x, sources, 1e-6, scale), counts
-    inter_block, inter_block_gradients = triton_inter_block.inter_block, triton_inter_block.inter_block_gradients
-    folded = (q, 1e-6) if triton_inter_block.rows_fit(x, n, queries) else (None, None)  # the first read's norm
+        yield lambda prior=prior: read(q, q, sources, *prior, q, *norm, scale), counts
+        yield lambda prior=prior: read_gradients(q, q, sources, *prior, q, stats, x, sources, 1e-6, scale), counts
+    folded = (q, 1e-6) if rows_fit(x, n, queries) else (None, None)  # the first read's norm
     lses, logits, rstd = numbers(queries, TOKENS), numbers(TOKENS, n, queries), numbers(TOKENS, n + 1)
     kept, counts = (lses, logits, rstd), {"sources": n, "queries": queries}
     yield lambda: inter_block(s, s, sources, folded[0], 1e-6, folded[1], scale, True), counts
@@ -140,10 +140,10 @@ def operations(shape: Shape) -> Iterator[tuple[Callable[[], Any], dict[str, Any]
         counts,
     )
     stats_of_merge = numbers(TOKENS, 3)
-    yield lambda: triton_merge.merge(q, q, x, x, x, lse, q, *norm, scale), {}
-    yield lambda: triton_merge.merge_gradients(q, q, x, x, lse, q, stats_of_merge, x, x, 1e-6, scale), {}
-    yield lambda: triton_norm.add_norm(x, x, q, 1e-6), {}
-    yield lambda: triton_norm.add_norm_gradients(x, q, lse, x, x), {}
+    yield lambda: merge(q, q, x, x, x, lse, q, *norm, scale), {}
+    yield lambda: merge_gradients(q, q, x, x, lse, q, stats_of_merge, x, x, 1e-6, scale), {}
+    yield lambda: add_norm(x, x, q, 1e-6), {}
+    yield lambda: add_norm_gradients(x, q, lse, x, x), {}
 
 
 def launches(call: Callable[[], Any]) -> list[Launch]:

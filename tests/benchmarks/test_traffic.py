@@ -22,8 +22,8 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from attnres import BlockAttnRes, FullAttnRes, ops
-from attnres.ops.triton import backend as kernels
-from attnres.ops.triton import inter_block as triton_inter_block
+from attnres.ops.triton import inter_block, inter_block_backward
+from attnres.ops.triton.backend import TRITON as kernels
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 TOKENS, WIDTH, EPS = 2, 24, 1e-6
@@ -87,7 +87,7 @@ class Traffic(TorchDispatchMode):
 @pytest.fixture
 def traffic(monkeypatch: pytest.MonkeyPatch) -> Iterator[Traffic]:
     ops.set_backend("triton")
-    monkeypatch.setattr(triton_inter_block, "few_tokens", lambda num_tokens: False)  # as in training
+    monkeypatch.setattr(inter_block, "few_tokens", lambda num_tokens: False)  # as in training
     yield Traffic(monkeypatch)
     ops.set_backend("auto")
 
@@ -145,8 +145,8 @@ def test_a_read_that_goes_on_from_phase_1(benchmarks: Path, traffic: Traffic, n:
 def test_phase_1_holds_as_many_rows_as_the_model_says(benchmarks: Path) -> None:
     import byte_model
 
-    assert byte_model.FEW_QUERIES == triton_inter_block.MAX_QUERIES
-    assert byte_model.FEW_SOURCES == triton_inter_block.MAX_SOURCES
+    assert byte_model.FEW_QUERIES == inter_block_backward.MAX_QUERIES
+    assert byte_model.FEW_SOURCES == inter_block_backward.MAX_SOURCES
 
 
 @pytest.mark.parametrize("normed", [False, True])
@@ -259,5 +259,5 @@ def test_path_without_gradients(
 
     block = BlockAttnRes(WIDTH, L, block_size=S, stream_scale=True, schedule="two_phase")
     assert path(traffic, block, L, gradients=False) == [byte_model.inference_rows(L, S)]
-    monkeypatch.setattr(triton_inter_block, "few_tokens", lambda num_tokens: True)
+    monkeypatch.setattr(inter_block, "few_tokens", lambda num_tokens: True)
     assert path(traffic, block, L, gradients=False) == [byte_model.inference_rows(L, S, few_tokens=True)]

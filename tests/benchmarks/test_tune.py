@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-triton_table = pytest.importorskip("attnres.ops.triton.table")
+table = pytest.importorskip("attnres.ops.triton.table")
 
 
 def test_a_sweep_writes_a_table_that_can_be_loaded(benchmarks: Path, tmp_path: Path) -> None:
@@ -32,7 +32,7 @@ def test_a_sweep_writes_a_table_that_can_be_loaded(benchmarks: Path, tmp_path: P
 def test_candidates_vary_what_a_kernel_uses(benchmarks: Path) -> None:
     import tune
 
-    for kernel, lines in triton_table.launch_table().items():
+    for kernel, lines in table.launch_table().items():
         for width, line in lines.items():
             found = tune.candidates(kernel, width)
             assert found[0] == line._asdict() and len({str(c) for c in found}) == len(found) > 1
@@ -72,15 +72,15 @@ def test_a_line_that_changes_the_result_or_fails_is_no_candidate(
     assert torch.is_grad_enabled()
 
 
-@pytest.mark.parametrize("kernel", list(triton_table.launch_table()))
+@pytest.mark.parametrize("kernel", list(table.launch_table()))
 def test_what_is_timed_takes_the_line(benchmarks: Path, monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
     import tune
 
     from attnres import ops
-    from attnres.ops.triton import launch as triton_launch
+    from attnres.ops.triton import launch
 
-    asked, line = [], triton_launch.line
-    monkeypatch.setattr(triton_launch, "line", lambda name, width: asked.append(name) or line(name, width))
+    asked, line = [], launch.line
+    monkeypatch.setattr(launch, "line", lambda name, width: asked.append(name) or line(name, width))
     monkeypatch.setattr(ops.dispatch, "_choice", "triton")
     spec = tune.replace(tune.spec_of(kernel, 512), width=32, tokens=2)
     shared, rows, call = tune.jobs.inputs(tune.jobs.open_bench(), spec)

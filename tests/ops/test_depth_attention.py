@@ -5,11 +5,10 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from attnres import ops
-from attnres.ops import eager, reference
-
-BACKENDS = {"reference": reference, "eager": eager}
+from attnres.ops.eager import Eager
 
 
 def straightforward(query, sources, key_norm, eps):
@@ -27,7 +26,7 @@ def inputs(num_sources, shape=(3, 5), dim=17, dtype=torch.float64, grad=True, ma
     return [t.to(dtype).requires_grad_(grad) for t in (query, key_norm, *sources)]
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=["reference", "eager"])
 def backend(request):
     ops.set_backend(request.param)
     yield request.param
@@ -165,6 +164,28 @@ def test_backend_choice_is_checked_and_announced_once(caplog, monkeypatch):
         ops.depth_attention(query, sources, key_norm)
         ops.depth_attention(query, sources, key_norm)
     assert [r.message for r in caplog.records] == ["depth attention runs on the eager backend (cpu, torch.float64)"]
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_backend_that_declines_says_why_once(installed, caplog, monkeypatch):
+    """On a GPU, which fake tensors stand for."""
+    from attnres.ops import dispatch
+
+    if installed:
+        pytest.importorskip("triton")
+    monkeypatch.setattr(dispatch, "TRITON_INSTALLED", installed)
+    monkeypatch.setattr(dispatch, "_announced", set())
+    with caplog.at_level("INFO", "attnres"), FakeTensorMode():
+        for width, dtype in ((9000, torch.float32), (9000, torch.float32), (16, torch.float64)):
+            assert type(dispatch.select(torch.empty(2, width, dtype=dtype, device="cuda"), 3)) is Eager
+    reasons = ["Triton is not installed"]
+    if installed:
+        reasons = [
+            "the Triton backend takes a width of at most 8192; sources have 9000",
+            "the Triton backend takes bfloat16, float16 and float32 sources; these are torch.float64",
+        ]
+    prefix = "depth attention runs on the eager backend: "
+    assert [record.message for record in caplog.records] == [prefix + reason for reason in reasons]
 
 
 def test_the_environment_chooses_and_triton_is_not_needed():

@@ -4,16 +4,20 @@ import pytest
 import torch
 
 from attnres import ops
-from attnres.ops import dispatch, eager, reference
-from attnres.ops import no_grad as inference
+from attnres.ops import dispatch, no_grad
+from attnres.ops.eager import Eager
+from attnres.ops.formulas import statistics_dtype
+from attnres.ops.no_grad import NoGrad
+from attnres.ops.reference import Reference
 
 EPS = 1e-3
+reference, eager, inference = Reference(), Eager(), NoGrad()
 
 
 @pytest.fixture(params=[1 << 19, 250], ids=["whole", "chunks"])
 def chunk(request, monkeypatch):
-    monkeypatch.setattr(inference, "CHUNK", request.param)
-    monkeypatch.setattr(inference, "FEW", 0 if request.param == 250 else inference.FEW)
+    monkeypatch.setattr(no_grad, "CHUNK", request.param)
+    monkeypatch.setattr(no_grad, "FEW", 0 if request.param == 250 else no_grad.FEW)
 
 
 def draw(shape, n, queries, dim):
@@ -24,19 +28,19 @@ def draw(shape, n, queries, dim):
     return randn(queries, dim), 1 + 0.3 * randn(queries, dim), 1 + 0.3 * randn(dim), *rows
 
 
-def everything(module, dtype, inputs, with_norm, scale=3.0):
+def everything(backend, dtype, inputs, with_norm, scale=3.0):
     """Every result of the functions of a backend, one after the other."""
     queries, key_norms, weight, partial, update, *sources = (t.to(dtype) for t in inputs)
     norm = (weight, 1e-2) if with_norm else None
     q, g = queries[0], key_norms[0]
-    outs, lses = module.inter_block(queries, sources, key_norms, EPS)
+    outs, lses = backend.inter_block(queries, sources, key_norms, EPS)
     results = [torch.stack(outs), torch.stack(lses)]
     for before in (None, partial):
-        results += module.merge_norm(q, before, update, g, outs[0], lses[0], EPS, scale=scale, norm=norm)
-    results.append(module.merge(q, partial, g, outs[0], lses[0], EPS, scale=scale))
-    results.append(module.read_norm(q, sources, g, EPS, scale=scale, norm=norm))
-    results += module.depth_attention(q, sources, g, EPS, return_weights=True, scale=scale)
-    results += module.add_norm(partial, update, norm=norm)
+        results += backend.merge_norm(q, before, update, g, outs[0], lses[0], EPS, scale=scale, norm=norm)
+    results.append(backend.merge_norm(q, None, partial, g, outs[0], lses[0], EPS, scale=scale)[1])
+    results.append(backend.read_norm(q, sources, g, EPS, scale=scale, norm=norm))
+    results += backend.read_with_weights(q, sources, g, EPS, scale)
+    results += backend.add_norm(partial, update, norm=norm)
     return results
 
 
@@ -62,7 +66,7 @@ def test_error_is_at_most_twice_the_references(chunk, dtype, n, shape, dim, quer
 @pytest.mark.parametrize("with_norm", [False, True])
 def test_any_leading_dimensions(chunk, shape, with_norm):
     inputs = draw(shape, 3, 2, 12)
-    results = (everything(module, torch.float64, inputs, with_norm) for module in (inference, reference))
+    results = (everything(backend, torch.float64, inputs, with_norm) for backend in (inference, reference))
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
 
@@ -88,14 +92,15 @@ def test_statistics_stay_in_fp32_under_autocast(chunk):
 def test_extreme_inputs(chunk):
     queries, key_norms, _, partial, _update, *sources = draw((2, 9), 3, 2, 17)
     zero = [torch.zeros_like(sources[0])] * 3
-    assert torch.equal(inference.depth_attention(queries[0], zero, key_norms[0]), zero[0])
-    outs, lses = inference.inter_block(1e4 * queries, sources, key_norms)
+    assert torch.equal(inference.read_norm(queries[0], zero, key_norms[0], 1e-6), zero[0])
+    outs, lses = inference.inter_block(1e4 * queries, sources, key_norms, 1e-6)
     spike = 1e6 * (queries[0] * key_norms[0]).expand_as(
         partial
     )  # a logit far above the others: the read is that source
-    torch.testing.assert_close(inference.merge(1e4 * queries[0], spike, key_norms[0], outs[0], lses[0]), spike)
-    torch.testing.assert_close(inference.merge(1e4 * queries[0], -spike, key_norms[0], outs[0], lses[0]), outs[0])
-    everything_else = [*outs, *lses, inference.depth_attention(queries[0], [1e18 * s for s in sources], key_norms[0])]
+    for partial, read in ((spike, spike), (-spike, outs[0])):
+        _, merged = inference.merge_norm(1e4 * queries[0], None, partial, key_norms[0], outs[0], lses[0], 1e-6)
+        torch.testing.assert_close(merged, read)
+    everything_else = [*outs, *lses, inference.read_norm(queries[0], [1e18 * s for s in sources], key_norms[0], 1e-6)]
     assert all(t.isfinite().all() for t in everything_else)
 
 
@@ -103,23 +108,23 @@ def test_folded_queries_need_no_key_norm():
     for dtype in (torch.float64, torch.bfloat16):
         queries, key_norms, _, partial, update, *sources = (t.to(dtype) for t in draw((2, 3), 3, 2, 16))
         folded = ops.fold(queries, key_norms, dtype)
-        assert folded.dtype == reference.statistics_dtype(dtype)
-        for module in (reference, eager, inference):
-            outs, lses = module.inter_block(queries, sources, key_norms, EPS)
-            torch.testing.assert_close(module.inter_block(folded, sources, None, EPS), (outs, lses))
+        assert folded.dtype == statistics_dtype(dtype)
+        for backend in (reference, eager, inference):
+            outs, lses = backend.inter_block(queries, sources, key_norms, EPS)
+            torch.testing.assert_close(backend.inter_block(folded, sources, None, EPS), (outs, lses))
             arguments = dict(scale=2.0, norm=None)
-            got = module.merge_norm(folded[0], partial, update, None, outs[0], lses[0], EPS, **arguments)
-            want = module.merge_norm(queries[0], partial, update, key_norms[0], outs[0], lses[0], EPS, **arguments)
+            got = backend.merge_norm(folded[0], partial, update, None, outs[0], lses[0], EPS, **arguments)
+            want = backend.merge_norm(queries[0], partial, update, key_norms[0], outs[0], lses[0], EPS, **arguments)
             torch.testing.assert_close(got, want)
 
 
 def test_they_serve_where_gradients_are_off_and_nothing_is_compiled():
     row = torch.zeros(2, 3)
-    assert dispatch.select(row) is eager
+    assert type(dispatch.select(row)) is Eager
     with torch.inference_mode():
-        assert dispatch.select(row) is inference
+        assert type(dispatch.select(row)) is NoGrad
     with torch.no_grad():
-        assert dispatch.select(row) is inference
+        assert type(dispatch.select(row)) is NoGrad
         compiled = torch.compile(lambda x: ops.depth_attention(x[0], [x, x + 1], x[1]), backend="eager", fullgraph=True)
         rows = torch.randn(2, 3)
         torch.testing.assert_close(compiled(rows), ops.depth_attention(rows[0], [rows, rows + 1], rows[1]))

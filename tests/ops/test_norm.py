@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from attnres.ops import eager, reference
-from attnres.ops import no_grad as inference
+from attnres.ops.eager import Eager
+from attnres.ops.no_grad import NoGrad
+from attnres.ops.reference import Reference
 
 WIDTH = 256
 
@@ -14,7 +15,7 @@ def rounded_once(h, weight, scale=1.0):
     return (weight.double() * h / (h.square().mean(-1, keepdim=True) + 1e-6).sqrt()).to(torch.bfloat16)
 
 
-@pytest.mark.parametrize("backend", [reference, eager, inference])
+@pytest.mark.parametrize("backend", [Reference(), Eager(), NoGrad()], ids=["reference", "eager", "no_grad"])
 @pytest.mark.parametrize("rows", [3, 400], ids=["few", "many"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("autocast", [False, True])
@@ -40,9 +41,9 @@ def test_its_gradients_are_those_in_fp64():
     h = torch.randn(5, WIDTH, generator=generator).bfloat16().requires_grad_()
     weight = torch.randn(WIDTH, generator=generator).requires_grad_()
     direction = torch.randn(5, WIDTH, generator=generator)
-    (eager.rms_norm(h, (weight, 1e-6)).float() * direction).sum().backward()
+    (Eager().rms_norm(h, (weight, 1e-6)).float() * direction).sum().backward()
     wide, wide_weight = (t.detach().double().requires_grad_() for t in (h, weight))
-    (reference.rms_norm(wide, (wide_weight, 1e-6)) * direction.bfloat16()).sum().backward()
+    (Reference().rms_norm(wide, (wide_weight, 1e-6)) * direction.bfloat16()).sum().backward()
     assert weight.grad.dtype == torch.float32 and h.grad.dtype == torch.bfloat16
     torch.testing.assert_close(weight.grad.double(), wide_weight.grad, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(h.grad.double(), wide.grad, rtol=1e-2, atol=1e-2)

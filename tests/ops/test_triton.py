@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
-from attnres.ops import reference
-from attnres.ops.triton import backend as kernels
-from attnres.ops.triton import inter_block as triton_inter_block
-from attnres.ops.triton import launch as triton_launch
-from attnres.ops.triton import reduce as triton_reduce
-from attnres.ops.triton import table as triton_table
+from attnres.ops.formulas import Norm
+from attnres.ops.reference import Reference
+from attnres.ops.triton import inter_block_backward, launch, reduce, table
+from attnres.ops.triton.backend import Triton
 
 from ..device import DEVICE
 
+kernels, reference = Triton(), Reference()
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 # of the largest value; the interpreter truncates to bf16 and adds up hundreds of fp32 numbers one after another
 FLOOR = {F32: 1e-5, F16: 1e-3, BF16: 1e-2}
@@ -42,18 +41,18 @@ def check(
     activations: list[Tensor],
     dtype: torch.dtype,
 ) -> None:
-    """Runs call(module, parameters, activations) with the kernels and the reference, activations in `dtype`, and with
+    """Runs call(backend, parameters, activations) with the kernels and the reference, activations in `dtype`, and with
     the reference in fp64. The kernels' error may be twice the reference's, plus the floor."""
     activations = [t.to(dtype) for t in activations]
     results = {}
-    for name, module, parameter_dtype, activation_dtype in (
+    for name, backend, parameter_dtype, activation_dtype in (
         ("kernels", kernels, F32, dtype),
         ("reference", reference, F32, dtype),
         ("truth", reference, torch.float64, torch.float64),
     ):
         leaves = [None if p is None else p.detach().to(DEVICE, parameter_dtype).requires_grad_() for p in parameters]
         sources = [a.detach().to(DEVICE, activation_dtype).requires_grad_() for a in activations]
-        outputs = call(module, leaves, sources)
+        outputs = call(backend, leaves, sources)
         cotangents = [randn(*output.shape, seed=9 + i).to(output) for i, output in enumerate(outputs)]
         torch.autograd.backward(outputs, cotangents)
         gradients = [t.grad for t in (*leaves, *sources) if t is not None]
@@ -65,7 +64,7 @@ def check(
         assert error <= allowed, f"tensor {i} of {len(results['truth'])}: error {error:.2e}, allowed {allowed:.2e}"
 
 
-def norm_of(kind: str, weight: Tensor | None) -> reference.Norm | None:
+def norm_of(kind: str, weight: Tensor | None) -> Norm | None:
     return {"none": None, "plain": (None, 1e-5), "affine": (weight, 1e-5)}[kind]
 
 
@@ -88,9 +87,9 @@ READS = [
 
 @pytest.mark.parametrize(("n", "width", "tokens", "dtype", "norm", "magnitude"), READS)
 def test_read(n, width, tokens, dtype, norm, magnitude):
-    def call(module, parameters, sources):
+    def call(backend, parameters, sources):
         query, key_norm, weight = parameters
-        return (module.read_norm(query, sources, key_norm, 1e-6, scale=float(n), norm=norm_of(norm, weight)),)
+        return (backend.read_norm(query, sources, key_norm, 1e-6, scale=float(n), norm=norm_of(norm, weight)),)
 
     parameters = [magnitude * randn(width), 1 + 0.1 * randn(width, seed=1), weight_for(norm, width)]
     check(call, parameters, [randn(tokens, width, seed=10 + i) for i in range(n)], dtype)
@@ -98,9 +97,9 @@ def test_read(n, width, tokens, dtype, norm, magnitude):
 
 @pytest.mark.parametrize(("n", "dtype", "norm"), [(1, F16, "none"), (3, F32, "affine"), (5, F16, "plain")])
 def test_chained_read_hands_sources_on(n, dtype, norm):
-    def call(module, parameters, sources):
+    def call(backend, parameters, sources):
         query, key_norm, weight = parameters
-        x, handed_on = module.read_norm_chained(query, sources, key_norm, 1e-6, scale=1.0, norm=norm_of(norm, weight))
+        x, handed_on = backend.read_norm_chained(query, sources, key_norm, 1e-6, scale=1.0, norm=norm_of(norm, weight))
         return (x, *handed_on)
 
     width = 40
@@ -122,10 +121,10 @@ BLOCKS = [
 @pytest.mark.parametrize(("n", "queries", "width", "tokens", "dtype", "magnitude"), BLOCKS)
 def test_inter_block(n, queries, width, tokens, dtype, magnitude, monkeypatch):
     """As with many tokens: a program loops over groups of queries."""
-    monkeypatch.setattr(triton_launch, "FEW_TOKENS", 0)
+    monkeypatch.setattr(launch, "FEW_TOKENS", 0)
 
-    def call(module, parameters, sources):
-        outs, lses = module.inter_block(parameters[0], sources, parameters[1], 1e-6)
+    def call(backend, parameters, sources):
+        outs, lses = backend.inter_block(parameters[0], sources, parameters[1], 1e-6)
         return (*outs, *lses)
 
     parameters = [magnitude * randn(queries, width), 1 + 0.1 * randn(queries, width, seed=1)]
@@ -136,8 +135,8 @@ def test_inter_block(n, queries, width, tokens, dtype, magnitude, monkeypatch):
 def test_chained_inter_block_hands_sources_on(n, queries, dtype):
     """As with few tokens: a program has two queries at most."""
 
-    def call(module, parameters, sources):
-        outs, lses, handed_on = module.inter_block_chained(parameters[0], sources, parameters[1], 1e-6)
+    def call(backend, parameters, sources):
+        outs, lses, handed_on = backend.inter_block_chained(parameters[0], sources, parameters[1], 1e-6)
         return (*outs, *lses, *handed_on)
 
     width = 24
@@ -159,11 +158,11 @@ def test_chained_inter_block_hands_sources_on(n, queries, dtype):
 def test_first_read_with_its_norm(n, queries, dtype, norm, rows, monkeypatch):
     """What a program can hold decides which kernel runs backward, and whether the norm is a kernel of its own."""
     if rows == "wide":
-        monkeypatch.setattr(triton_inter_block, "MAX_ELEMENTS", 0)
+        monkeypatch.setattr(inter_block_backward, "MAX_ELEMENTS", 0)
 
-    def call(module, parameters, sources):
+    def call(backend, parameters, sources):
         queries, key_norms, weight = parameters
-        outs, lses, handed_on = module.inter_block_chained(
+        outs, lses, handed_on = backend.inter_block_chained(
             queries, sources, key_norms, 1e-6, scale=3.0, norm=norm_of(norm, weight)
         )
         return (*outs, *lses, *handed_on)
@@ -176,14 +175,14 @@ def test_first_read_with_its_norm(n, queries, dtype, norm, rows, monkeypatch):
 @pytest.mark.parametrize("kernel", ["inter_block_forward", "inter_block_backward", "read_forward", "read_backward"])
 @pytest.mark.parametrize("tile", [1, 3])
 def test_the_launch_table_decides_on_speed_alone(kernel, tile):
-    def call(module, parameters, sources):
+    def call(backend, parameters, sources):
         queries, key_norms = parameters
-        outs, lses, sources = module.inter_block_chained(queries, sources, key_norms, 1e-6, norm=(None, 1e-5))
-        x, sources = module.read_norm_chained(queries[0], sources, key_norms[0], 1e-6, scale=2.0, norm=None)
+        outs, lses, sources = backend.inter_block_chained(queries, sources, key_norms, 1e-6, norm=(None, 1e-5))
+        x, sources = backend.read_norm_chained(queries[0], sources, key_norms[0], 1e-6, scale=2.0, norm=None)
         return (*outs, *lses, x, *sources)
 
     parameters = [0.3 * randn(2, 24), 1 + 0.1 * randn(2, 24, seed=1)]
-    with triton_table.override(kernel, warps=1, tile=tile, programs=2):
+    with table.override(kernel, warps=1, tile=tile, programs=2):
         check(call, parameters, [randn(3, 24, seed=10 + i) for i in range(5)], F32)
 
 
@@ -192,10 +191,10 @@ def test_the_launch_table_decides_on_speed_alone(kernel, tile):
     [(1, 40, 3, F32, "affine"), (3, 257, 1, F16, "plain"), (6, 33, 5, F32, "none"), (12, 24, 2, BF16, "affine")],
 )
 def test_read_goes_on_from_phase_1(n, width, tokens, dtype, norm):
-    def call(module, parameters, activations):
+    def call(backend, parameters, activations):
         query, key_norm, weight, lse = parameters
         out, *sources = activations
-        x, handed_on = module.read_norm_chained(
+        x, handed_on = backend.read_norm_chained(
             query, sources, key_norm, 1e-6, scale=2.0, norm=norm_of(norm, weight), prior=(out, lse)
         )
         return (x, *handed_on)
@@ -210,10 +209,10 @@ def test_read_goes_on_from_phase_1(n, width, tokens, dtype, norm):
     [(40, 3, F32, "affine"), (257, 1, F16, "plain"), (100, 3, BF16, "affine"), (33, 17, F32, "none")],
 )
 def test_merge(width, tokens, dtype, norm, partial):
-    def call(module, parameters, activations):
+    def call(backend, parameters, activations):
         query, key_norm, weight, lse = parameters
         *before, update, out = activations
-        return module.merge_norm(
+        return backend.merge_norm(
             query, *(before or [None]), update, key_norm, out, lse, 1e-6, scale=3.0, norm=norm_of(norm, weight)
         )
 
@@ -237,9 +236,10 @@ def test_sums_are_rounded_before_they_are_used(dtype):
 
 @pytest.mark.parametrize("gap", [-1e4, -30.0, 0.0, 30.0, 1e4])
 def test_merge_with_any_distance_between_the_shares(gap):
-    def call(module, parameters, activations):
+    def call(backend, parameters, activations):
         query, key_norm, lse = parameters
-        return (module.merge(query, activations[0], key_norm, activations[1], lse, 1e-6, scale=2.0),)
+        partial, out = activations
+        return backend.merge_norm(query, None, partial, key_norm, out, lse, 1e-6, scale=2.0)[1:]
 
     width = 40
     # a huge read that hardly counts must not leave its rounding error behind
@@ -250,9 +250,10 @@ def test_merge_with_any_distance_between_the_shares(gap):
 def test_a_small_share_of_a_huge_read():
     """1 - sigmoid in fp32 knows nothing of a share of 1e-8; that of a read of 1e8 counts."""
     query, key_norm, partial, out = torch.zeros(40), torch.ones(40), randn(3, 40), 1e8 * randn(3, 40, seed=1)
-    tensors = [t.to(DEVICE) for t in (query, partial, key_norm, out, torch.full((3,), -18.0))]
-    want = reference.merge(*[t.double() for t in tensors])
-    torch.testing.assert_close(kernels.merge(*tensors).double(), want, rtol=1e-5, atol=1e-5)
+    query, *tensors = (t.to(DEVICE) for t in (query, partial, key_norm, out, torch.full((3,), -18.0)))
+    _, want = reference.merge_norm(query.double(), None, *[t.double() for t in tensors], 1e-6)
+    _, got = kernels.merge_norm(query, None, *tensors, 1e-6)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -260,8 +261,8 @@ def test_a_small_share_of_a_huge_read():
     [(40, 17, F32, "affine"), (257, 1, F16, "plain"), (100, 3, BF16, "affine"), (40, 3, F32, "none")],
 )
 def test_add_norm(width, tokens, dtype, norm):
-    def call(module, parameters, activations):
-        return module.add_norm(*activations, norm=norm_of(norm, parameters[0]))
+    def call(backend, parameters, activations):
+        return backend.add_norm(*activations, norm=norm_of(norm, parameters[0]))
 
     check(call, [weight_for(norm, width)], [randn(tokens, width), randn(tokens, width, seed=1)], dtype)
 
@@ -270,8 +271,8 @@ def test_add_norm(width, tokens, dtype, norm):
     ("width", "tokens", "dtype", "norm"), [(40, 3, F32, "affine"), (257, 1, F16, "plain"), (100, 3, BF16, "affine")]
 )
 def test_rms_norm(width, tokens, dtype, norm):
-    def call(module, parameters, activations):
-        return (module.rms_norm(activations[0], norm_of(norm, parameters[0])),)
+    def call(backend, parameters, activations):
+        return (backend.rms_norm(activations[0], norm_of(norm, parameters[0])),)
 
     check(call, [weight_for(norm, width)], [randn(tokens, width)], dtype)
 
@@ -283,9 +284,9 @@ def test_one_source_takes_all_the_weight(n, dtype):
     sources = [randn(2, width, seed=10 + i) for i in range(n)]
     query = 1e4 * sources[n - 2].mean(0)  # logits are tens of thousands apart
 
-    def call(module, parameters, sources):
-        outs, lses = module.inter_block(parameters[0][None], sources, parameters[1][None], 1e-6)
-        return (module.read_norm(*parameters[:1], sources, parameters[1], 1e-6, scale=1.0, norm=None), *outs, *lses)
+    def call(backend, parameters, sources):
+        outs, lses = backend.inter_block(parameters[0][None], sources, parameters[1][None], 1e-6)
+        return (backend.read_norm(*parameters[:1], sources, parameters[1], 1e-6, scale=1.0, norm=None), *outs, *lses)
 
     check(call, [query, torch.ones(width)], sources, dtype)
 
@@ -297,10 +298,10 @@ def test_magnitudes_and_zero_rows(magnitude):
     sources = [magnitude * randn(2, width, seed=10 + i) for i in range(3)]
     sources[1] = torch.zeros(2, width)
 
-    def call(module, parameters, sources):
+    def call(backend, parameters, sources):
         query, key_norm = parameters
-        outs, lses = module.inter_block(query[None], sources, key_norm[None], 1e-6)
-        x = module.read_norm(query, sources, key_norm, 1e-6, scale=3.0, norm=(None, 1e-30))
+        outs, lses = backend.inter_block(query[None], sources, key_norm[None], 1e-6)
+        x = backend.read_norm(query, sources, key_norm, 1e-6, scale=3.0, norm=(None, 1e-30))
         return (x, *outs, *lses)
 
     check(call, [0.3 * randn(width), torch.ones(width)], sources, F32)
@@ -309,8 +310,8 @@ def test_magnitudes_and_zero_rows(magnitude):
 def test_as_many_sources_as_allowed():
     width, n = 16, 256
 
-    def call(module, parameters, sources):
-        return (module.depth_attention(parameters[0], sources, parameters[1]),)
+    def call(backend, parameters, sources):
+        return (backend.read_norm(parameters[0], sources, parameters[1], 1e-6),)
 
     check(call, [randn(width), torch.ones(width)], [randn(1, width, seed=10 + i) for i in range(n)], F32)
 
@@ -318,8 +319,10 @@ def test_as_many_sources_as_allowed():
 def test_inter_block_of_as_many_sources_as_allowed():
     width, n = 16, 256
     sources = [randn(1, width, seed=10 + i).to(DEVICE) for i in range(n)]
-    (out,), (lse,) = kernels.inter_block(randn(1, width).to(DEVICE), sources, torch.ones(1, width).to(DEVICE))
-    (want,), (want_lse,) = reference.inter_block(randn(1, width), [s.cpu() for s in sources], torch.ones(1, width))
+    (out,), (lse,) = kernels.inter_block(randn(1, width).to(DEVICE), sources, torch.ones(1, width).to(DEVICE), 1e-6)
+    (want,), (want_lse,) = reference.inter_block(
+        randn(1, width), [s.cpu() for s in sources], torch.ones(1, width), 1e-6
+    )
     torch.testing.assert_close(out.cpu(), want)
     torch.testing.assert_close(lse.cpu(), want_lse)
 
@@ -328,8 +331,8 @@ def test_inter_block_of_as_many_sources_as_allowed():
 def test_weights(n):
     sources = [randn(2, 3, 40, seed=10 + i).to(DEVICE) for i in range(n)]
     query, key_norm = randn(40).to(DEVICE), 1 + 0.1 * randn(40, seed=1).to(DEVICE)
-    h, weights = kernels.depth_attention(query, sources, key_norm, return_weights=True, scale=2.0)
-    want, want_weights = reference.depth_attention(query, sources, key_norm, return_weights=True, scale=2.0)
+    h, weights = kernels.read_with_weights(query, sources, key_norm, 1e-6, scale=2.0)
+    want, want_weights = reference.read_with_weights(query, sources, key_norm, 1e-6, scale=2.0)
     assert weights.shape == (n, 2, 3)
     torch.testing.assert_close(h, want)
     torch.testing.assert_close(weights, want_weights)
@@ -341,8 +344,8 @@ def test_split_products_of_the_query_gradient():
     sources = tuple(randn(tokens, width, seed=10 + i).to(DEVICE, F16) for i in range(n))
     coefficients = randn(tokens, n, queries).to(DEVICE)
     partial = torch.empty(2, queries, width, device=DEVICE)
-    triton_launch.launch(
-        triton_reduce.query_gradient,
+    launch.launch(
+        reduce.query_gradient,
         (2, 2),
         sources,
         coefficients,
@@ -369,7 +372,7 @@ def test_sum_over_many_programs():
     """More than the three programs of the interpreter."""
     queries, key_norms, weight = (randn(*shape).to(DEVICE) for shape in ((2, 100), (2, 100), (100,)))
     partial = randn(70, 3, 100, seed=1).to(DEVICE)
-    dqueries, dkey_norms, dweight = triton_reduce.sum_partials(partial, queries, key_norms, weight)
+    dqueries, dkey_norms, dweight = reduce.sum_partials(partial, queries, key_norms, weight)
     *dq, want = partial.sum(0)
     torch.testing.assert_close(dqueries, torch.stack(dq) * key_norms)
     torch.testing.assert_close(dkey_norms, torch.stack(dq) * queries)

@@ -15,12 +15,18 @@ from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 from attnres import ops
-from attnres.ops import reference
-from attnres.ops.triton import autograd as triton_autograd
-from attnres.ops.triton import backend as kernels
+from attnres.ops.reference import Reference
+from attnres.ops.triton import merge
+from attnres.ops.triton.backend import Triton
+from attnres.ops.triton.inter_block import inter_block_op
+from attnres.ops.triton.inter_block_backward import inter_block_gradients_op
+from attnres.ops.triton.merge import merge_gradients_op, merge_op
+from attnres.ops.triton.norm import add_norm_gradients_op, add_norm_op
+from attnres.ops.triton.read import read_gradients_op, read_op
 
 from ..device import DEVICE, needs_gpu
 
+kernels, reference = Triton(), Reference()
 WIDTH, EPS = 24, 1e-6
 NORM_EPS = 1e-5
 
@@ -38,18 +44,18 @@ def leaves(n: int, *leading: int) -> dict[str, Tensor]:
     return {name: t.detach().requires_grad_() for name, t in made.items()}
 
 
-def block(module, queries: Tensor, key_norms: Tensor, weight: Tensor, *sources: Tensor) -> tuple[Tensor, ...]:
+def block(backend, queries: Tensor, key_norms: Tensor, weight: Tensor, *sources: Tensor) -> tuple[Tensor, ...]:
     """A block of three layers, each of which doubles what it reads, and the read of the next layer."""
     norm = (weight, NORM_EPS)
-    outs, lses, sources = module.inter_block_chained(queries, sources, key_norms, EPS)
+    outs, lses, sources = backend.inter_block_chained(queries, sources, key_norms, EPS)
     partial, update = None, 2 * outs[0]
     for i in (1, 2):
-        partial, x = module.merge_norm(
+        partial, x = backend.merge_norm(
             queries[i], partial, update, key_norms[i], outs[i], lses[i], EPS, scale=2.0, norm=norm
         )
         update = 2 * x
-    total, x = module.add_norm(partial, update, norm=norm)
-    y, sources = module.read_norm_chained(queries[0], [*sources, total], key_norms[0], EPS, scale=3.0, norm=norm)
+    total, x = backend.add_norm(partial, update, norm=norm)
+    y, sources = backend.read_norm_chained(queries[0], [*sources, total], key_norms[0], EPS, scale=3.0, norm=norm)
     return x, y, *sources
 
 
@@ -132,7 +138,7 @@ class Block(nn.Module):
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_sharded_parameters_used_twice_in_one_graph(one_process, checkpointed):
-    """FSDP2: parameters are DTensors outside of the module and gathered inside, here in two passes of one graph."""
+    """FSDP2: parameters are DTensors outside of the backend and gathered inside, here in two passes of one graph."""
     queries, key_norms, weight, *sources = leaves(2, 2).values()
     plain = Block(queries, key_norms, weight)
     sharded = fully_shard(Block(queries, key_norms, weight), reshard_after_forward=True)
@@ -190,8 +196,8 @@ def test_chaining_leaves_autograd_nothing_to_add():
 
 def test_chained_blocks_leave_autograd_nothing_to_add(monkeypatch):
     merges = []
-    gradients = triton_autograd.merge_gradients
-    monkeypatch.setattr(triton_autograd, "merge_gradients", lambda *a: merges.append(a) or gradients(*a))
+    gradients = merge.merge_gradients
+    monkeypatch.setattr(merge, "merge_gradients", lambda *a: merges.append(a) or gradients(*a))
     tensors = leaves(2, 2)
     frozen = [t.detach() for t in list(tensors.values())[:3]]
     sources = [tensors["source0"] * 1, tensors["source1"] * 1]
@@ -203,10 +209,10 @@ def test_chained_blocks_leave_autograd_nothing_to_add(monkeypatch):
 
 
 def test_a_tensor_may_be_used_twice():
-    def call(module, query, key_norm, source):
-        x = module.read_norm(query, [source, source], key_norm, EPS, scale=1.0, norm=None)
-        y = module.read_norm(query, [x, source], key_norm, EPS, scale=1.0, norm=(query, NORM_EPS))
-        partial, z = module.merge_norm(query, x, x, key_norm, y, y.sum(-1), EPS, scale=1.0, norm=None)
+    def call(backend, query, key_norm, source):
+        x = backend.read_norm(query, [source, source], key_norm, EPS, scale=1.0, norm=None)
+        y = backend.read_norm(query, [x, source], key_norm, EPS, scale=1.0, norm=(query, NORM_EPS))
+        partial, z = backend.merge_norm(query, x, x, key_norm, y, y.sum(-1), EPS, scale=1.0, norm=None)
         return x, y, partial, z
 
     tensors = {"query": randn(WIDTH), "key_norm": randn(WIDTH, seed=1), "source": randn(2, WIDTH)}
@@ -261,11 +267,6 @@ def test_what_backward_keeps():
 
 def operands(n: int) -> dict[str, object]:
     """Arguments of every custom op."""
-    from attnres.ops.triton import inter_block as triton_inter_block
-    from attnres.ops.triton import merge as triton_merge
-    from attnres.ops.triton import norm as triton_norm
-    from attnres.ops.triton import read as triton_read
-
     t = {name: value.detach() for name, value in leaves(n, 2).items()}
     sources = [t[f"source{i}"] for i in range(n)]
     query, key_norm, weight = t["queries"][0], t["key_norms"][0], t["weight"]
@@ -273,31 +274,29 @@ def operands(n: int) -> dict[str, object]:
     a, b = sources[0], sources[-1]
     lses, logits, rstd = randn(3, 2), randn(2, n, 3), randn(2, n + 1).abs()
     block, norm = (t["queries"], t["key_norms"], sources), (EPS, NORM_EPS, 2.0)
-    read, read_back = triton_read.read_op, triton_read.read_gradients_op
-    phase_1, phase_1_back = triton_inter_block.inter_block_op, triton_inter_block.inter_block_gradients_op
-    merge, first = triton_merge.merge_op, (query, key_norm, None, a, b, lse, None, EPS, None, 2.0)
+    first = (query, key_norm, None, a, b, lse, None, EPS, None, 2.0)
     return {
-        "read": (read, (query, key_norm, sources, None, None, weight, *norm)),
-        "read that goes on": (read, (query, key_norm, sources, a, lse, None, EPS, None, 1.0)),
+        "read": (read_op, (query, key_norm, sources, None, None, weight, *norm)),
+        "read that goes on": (read_op, (query, key_norm, sources, a, lse, None, EPS, None, 1.0)),
         "read backward": (
-            read_back,
+            read_gradients_op,
             (query, key_norm, sources, a, lse, weight, kept, b, sources, NORM_EPS, 2.0),
         ),
-        "inter_block": (phase_1, (*block, weight, *norm, True)),
-        "inter_block without norm": (phase_1, (*block, None, EPS, None, 1.0, True)),
+        "inter_block": (inter_block_op, (*block, weight, *norm, True)),
+        "inter_block without norm": (inter_block_op, (*block, None, EPS, None, 1.0, True)),
         "inter_block backward": (
-            phase_1_back,
+            inter_block_gradients_op,
             (*block, weight, lses, logits, rstd, [a, b, a], randn(3, 2), [], NORM_EPS, 2.0),
         ),
-        "merge": (merge, (query, key_norm, a, b, a, lse, weight, *norm)),
-        "first merge": (merge, first),
+        "merge": (merge_op, (query, key_norm, a, b, a, lse, weight, *norm)),
+        "first merge": (merge_op, first),
         "merge backward": (
-            triton_merge.merge_gradients_op,
+            merge_gradients_op,
             (query, key_norm, a, b, lse, weight, stats, a, b, NORM_EPS, 2.0),
         ),
-        "add_norm": (triton_norm.add_norm_op, (a, b, weight, NORM_EPS)),
-        "norm alone": (triton_norm.add_norm_op, (None, a, weight, NORM_EPS)),
-        "add_norm backward": (triton_norm.add_norm_gradients_op, (a, None, randn(2), b, a)),
+        "add_norm": (add_norm_op, (a, b, weight, NORM_EPS)),
+        "norm alone": (add_norm_op, (None, a, weight, NORM_EPS)),
+        "add_norm backward": (add_norm_gradients_op, (a, None, randn(2), b, a)),
     }
 
 
@@ -307,14 +306,14 @@ def test_opcheck(name):
     torch.library.opcheck(op, arguments)
 
 
-def every_function(module, t: dict[str, Tensor], sources: list[Tensor]) -> tuple[Tensor, ...]:
+def every_function(backend, t: dict[str, Tensor], sources: list[Tensor]) -> tuple[Tensor, ...]:
     norm, first = (t["weight"], NORM_EPS), sources[0]
-    outs, lses = module.inter_block(t["queries"], sources, t["key_norms"], EPS)
-    partial, x = module.merge_norm(
+    outs, lses = backend.inter_block(t["queries"], sources, t["key_norms"], EPS)
+    partial, x = backend.merge_norm(
         t["queries"][1], first, sources[-1], t["key_norms"][1], outs[1], lses[1], EPS, scale=2.0, norm=norm
     )
-    total, y = module.add_norm(partial, outs[0], norm=norm)
-    h = module.depth_attention(t["queries"][0], sources, t["key_norms"][0])
+    total, y = backend.add_norm(partial, outs[0], norm=norm)
+    h = backend.read_norm(t["queries"][0], sources, t["key_norms"][0], EPS)
     return *outs, *lses, partial, x, total, y, h
 
 
@@ -331,10 +330,10 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_layouts(layout):
     results = []
-    for module in (kernels, reference):
+    for backend in (kernels, reference):
         t = leaves(0)
         sources = [s.detach().requires_grad_() for s in LAYOUTS[layout]()]
-        outputs = every_function(module, t, sources)
+        outputs = every_function(backend, t, sources)
         # .sum() gives every output a gradient that is one number, expanded
         gradients = torch.autograd.grad(sum(o.sum() for o in outputs), [*t.values(), *sources])
         results.append((list(outputs), dict(enumerate(gradients))))
@@ -354,7 +353,7 @@ def test_no_tokens(leading):
 def test_parameters_keep_their_dtype():
     query, key_norm = randn(WIDTH).bfloat16().requires_grad_(), torch.ones(WIDTH, device=DEVICE, requires_grad=True)
     sources = [randn(2, WIDTH, seed=i).half().requires_grad_() for i in range(2)]
-    h = kernels.depth_attention(query, sources, key_norm)
+    h = kernels.read_norm(query, sources, key_norm, EPS)
     h.float().sum().backward()
     assert h.dtype == torch.float16
     assert (query.grad.dtype, key_norm.grad.dtype, sources[0].grad.dtype) == (torch.bfloat16, torch.float32, h.dtype)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from attnres import ops, residual
-from attnres.ops import no_grad as inference
+from attnres.ops.no_grad import NoGrad
 
 DIM = 11
 CASES = [
@@ -59,8 +59,8 @@ def test_a_layer_of_a_block_is_one_merge(monkeypatch):
     """Phase 1 once a block, for all its layers; then the pending add, the merge and the norm in one call."""
     calls = []
     for name in ("inter_block_chained", "merge_norm", "read_norm"):
-        form = getattr(inference, name)
-        monkeypatch.setattr(inference, name, lambda *a, name=name, form=form, **k: calls.append(name) or form(*a, **k))
+        form = getattr(NoGrad, name)
+        monkeypatch.setattr(NoGrad, name, lambda *a, name=name, form=form, **k: calls.append(name) or form(*a, **k))
     model = build("block_attnres", 6, {"num_blocks": 2})
     with torch.no_grad():
         run(*model, torch.randn(1, 1, DIM, dtype=torch.float64))

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from .. import installation  # noqa: F401  first: it raises where another package took this one's place
-from .check import check_norm, check_queries, check_scale, check_sources, check_statistics, check_vectors
+from .check import check_norm, check_queries, check_read, check_scale, check_sources, check_statistics, check_vectors
 from .dispatch import backend, select, set_backend
-from .reference import Norm, fold
+from .formulas import Norm, Prior, fold
 
 __all__ = [
     "Norm",
@@ -60,12 +60,12 @@ def depth_attention(
     Returns h [..., D] in the dtype of the sources, or (h, weights). Raises ValueError naming the argument that does not
     fit.
     """
-    check_sources(sources)
-    check_vectors(sources[0].shape[-1], sources[0].device, query=query, key_norm=key_norm)
+    check_read(query, sources, key_norm)
     check_scale(eps, scale)
-    return select(sources[0], len(sources)).depth_attention(
-        query, sources, key_norm, eps, return_weights=return_weights, scale=scale
-    )
+    chosen = select(sources[0], len(sources))
+    if return_weights:
+        return chosen.read_with_weights(query, sources, key_norm, eps, scale)
+    return chosen.read_norm(query, sources, key_norm, eps, scale=scale)
 
 
 def inter_block(
@@ -111,7 +111,7 @@ def merge(
     check_vectors(partial.shape[-1], partial.device, query=query, key_norm=key_norm)
     check_statistics(lse, out)
     check_scale(eps, scale)
-    return select(partial).merge(query, partial, key_norm, out, lse, eps, scale=scale)
+    return select(partial).merge_norm(query, None, partial, key_norm, out, lse, eps, scale=scale)[1]
 
 
 def read_norm(
@@ -128,11 +128,7 @@ def read_norm(
     key_norm: None for a query that has been folded.
     """
     if _careful(sources[0]):
-        check_sources(sources)
-        check_vectors(
-            sources[0].shape[-1], sources[0].device, query=query, key_norm=query if key_norm is None else key_norm
-        )
-        check_norm(norm, sources[0])
+        check_read(query, sources, key_norm, norm)
     return select(sources[0], len(sources)).read_norm(query, sources, key_norm, eps, scale=scale, norm=norm)
 
 
@@ -207,7 +203,7 @@ def read_norm_chained(
     *,
     scale: float = 1.0,
     norm: Norm | None = None,
-    prior: tuple[Tensor, Tensor] | None = None,
+    prior: Prior | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """`read_norm` that also hands the sources on, for the same reason as `inter_block_chained`.
 
@@ -215,11 +211,7 @@ def read_norm_chained(
     sources too.
     """
     if _careful(sources[0]):
-        check_sources(sources)
-        check_vectors(
-            sources[0].shape[-1], sources[0].device, query=query, key_norm=query if key_norm is None else key_norm
-        )
-        check_norm(norm, sources[0])
+        check_read(query, sources, key_norm, norm)
         if prior is not None:
             check_sources([sources[0], prior[0]], "(source, out)")
             check_statistics(prior[1], prior[0])

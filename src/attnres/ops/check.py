@@ -40,6 +40,16 @@ def check_queries(queries: Tensor, key_norms: Tensor, dim: int, device: object) 
     check_vectors(dim, device, (queries.shape[0],), queries=queries, key_norms=key_norms)
 
 
+def check_read(
+    query: Tensor, sources: Sequence[Tensor], key_norm: Tensor | None, norm: tuple[Tensor | None, float] | None = None
+) -> None:
+    """Raises ValueError unless one read can be made of these; key_norm None: the query has been folded."""
+    check_sources(sources)
+    first = sources[0]
+    check_vectors(first.shape[-1], first.device, query=query, key_norm=query if key_norm is None else key_norm)
+    check_norm(norm, first)
+
+
 def check_statistics(lse: Tensor, out: Tensor) -> None:
     """Raises ValueError unless lse has one entry per token of out, on the same device."""
     if lse.shape != out.shape[:-1] or lse.device != out.device:

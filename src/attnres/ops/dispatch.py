@@ -2,7 +2,7 @@
 
     reference   plain PyTorch, autograd through everything; any device, any dtype
     eager       gradient written by hand; any device, any dtype; what "auto" takes without a GPU; without gradients,
-                in forms of few calls for decoding (`inference`)
+                in forms of few calls for decoding (`no_grad`)
     triton      fused kernels on CUDA; bf16, fp16, fp32
 
 "auto" takes triton for CUDA tensors that its kernels support and eager elsewhere; torch.compile traces into it and
@@ -14,21 +14,21 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import eager, reference
-from . import no_grad as inference
+from .backend import Backend
+from .dry import Dry
+from .eager import Eager
+from .no_grad import NoGrad
+from .reference import Reference
 
 NAMES = ("auto", "reference", "eager", "triton")
-MAX_TRITON_WIDTH = 8192
-MAX_TRITON_SOURCES = 256
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 """Found at import: a compiler that traces a read must not trace the search for a package."""
 
+_REFERENCE, _EAGER, _NO_GRAD, _DRY = Reference(), Eager(), NoGrad(), Dry()
 _log = logging.getLogger("attnres")
 _announced: set[str] = set()
 _choice = "auto"
@@ -56,53 +56,54 @@ def backend() -> str:
 def shapes_only() -> Iterator[None]:
     """Within it the ops compute nothing: they return and keep what the kernels would, for tensors without data."""
     global _choice
-    before, _choice = _choice, "shapes"
+    before, _choice = _choice, "dry"
     try:
         yield
     finally:
         _choice = before
 
 
-def select(source: Tensor, num_sources: int = 1) -> Any:
-    """The backend module that serves a call whose sources look like `source`."""
-    name = _choice
-    if name == "auto":
-        name = _automatic(source, num_sources)
-        _announce(name, source)
-    return _module(name)
+def select(source: Tensor, num_sources: int = 1) -> Backend:
+    """The backend that serves a call with so many sources like `source`.
+
+    Raises ValueError with its reason if one was chosen by name and declines.
+    """
+    if _choice == "auto":
+        return _automatic(source, num_sources)
+    chosen = _named(_choice)
+    if reason := chosen.declines(source, num_sources):
+        raise ValueError(reason)
+    return chosen
 
 
-def _automatic(source: Tensor, num_sources: int) -> str:
-    if (
-        source.is_cuda
-        and TRITON_INSTALLED
-        and source.dtype in (torch.bfloat16, torch.float16, torch.float32)
-        and source.shape[-1] <= MAX_TRITON_WIDTH
-        and num_sources <= MAX_TRITON_SOURCES
-    ):
-        return "triton"
-    return "eager"
+def _automatic(source: Tensor, num_sources: int) -> Backend:
+    name, reason = "eager", None
+    if source.is_cuda:
+        reason = _named("triton").declines(source, num_sources) if TRITON_INSTALLED else "Triton is not installed"
+        name = "eager" if reason else "triton"
+    _announce(name, source, reason)
+    return _named(name)
 
 
-def _module(name: str) -> ModuleType:
+def _named(name: str) -> Backend:
     if name == "triton":
-        from .triton import backend as triton
+        from .triton.backend import TRITON
 
-        return triton
-    if name == "shapes":
-        from . import dry as shapes
-
-        return shapes
+        return TRITON
+    if name == "dry":
+        return _DRY
     if name == "reference":
-        return reference
-    return eager if torch.is_grad_enabled() or torch.compiler.is_compiling() else inference
+        return _REFERENCE
+    return _EAGER if torch.is_grad_enabled() or torch.compiler.is_compiling() else _NO_GRAD
 
 
-def _announce(name: str, source: Tensor) -> None:
-    if torch.compiler.is_compiling() or name in _announced:
+def _announce(name: str, source: Tensor, reason: str | None = None) -> None:
+    """Once a backend, and once a reason why the call did not get the faster one."""
+    if torch.compiler.is_compiling() or (reason or name) in _announced:
         return
-    _announced.add(name)
-    _log.info("depth attention runs on the %s backend (%s, %s)", name, source.device.type, source.dtype)
+    _announced.add(reason or name)
+    why = f": {reason}" if reason else f" ({source.device.type}, {source.dtype})"
+    _log.info("depth attention runs on the %s backend%s", name, why)
 
 
 set_backend(os.environ.get("ATTNRES_BACKEND", "auto"))

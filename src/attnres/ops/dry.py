@@ -10,20 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .eager import merge, merge_norm
-from .reference import Norm, statistics_dtype
-
-__all__ = [
-    "add_norm",
-    "depth_attention",
-    "inter_block",
-    "inter_block_chained",
-    "merge",
-    "merge_norm",
-    "read_norm",
-    "read_norm_chained",
-    "rms_norm",
-]
+from .backend import Backend
+from .formulas import Norm, Prior, statistics_dtype
 
 
 class _Read(torch.autograd.Function):
@@ -67,66 +55,28 @@ class _Norm(torch.autograd.Function):
         return torch.empty_like(h)
 
 
-def depth_attention(
-    query: Tensor,
-    sources: Sequence[Tensor],
-    key_norm: Tensor,
-    eps: float = 1e-6,
-    return_weights: bool = False,
-    *,
-    scale: float = 1.0,
-) -> Tensor | tuple[Tensor, Tensor]:
-    h = _Read.apply(query, key_norm, None, None, None, *sources)
-    return (h, _statistics(sources[0], len(sources)).movedim(-1, 0)) if return_weights else h
+class Dry(Backend):
+    def read_with_weights(
+        self, query: Tensor, sources: Sequence[Tensor], key_norm: Tensor | None, eps: float, scale: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        h = _Read.apply(query, key_norm, None, None, None, *sources)
+        return h, _statistics(sources[0], len(sources)).movedim(-1, 0)
 
+    def inter_block(
+        self, queries: Tensor, sources: Sequence[Tensor], key_norms: Tensor | None, eps: float
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        lse, *outs = _InterBlock.apply(queries, key_norms, *sources)
+        return outs or [sources[0]] * len(queries), list(lse.unbind(0))
 
-def inter_block(
-    queries: Tensor, sources: Sequence[Tensor], key_norms: Tensor | None, eps: float = 1e-6
-) -> tuple[list[Tensor], list[Tensor]]:
-    lse, *outs = _InterBlock.apply(queries, key_norms, *sources)
-    return outs or [sources[0]] * len(queries), list(lse.unbind(0))
+    def read_norm(
+        self, query: Tensor, sources: Sequence[Tensor], key_norm: Tensor | None, eps: float, *,
+        scale: float = 1.0, norm: Norm | None = None, prior: Prior | None = None,
+    ) -> Tensor:  # fmt: skip
+        out, lse = prior or (None, None)
+        return _Read.apply(query, key_norm, None if norm is None else norm[0], out, lse, *sources)
 
-
-def inter_block_chained(
-    queries: Tensor,
-    sources: Sequence[Tensor],
-    key_norms: Tensor | None,
-    eps: float,
-    *,
-    scale: float = 1.0,
-    norm: Norm | None = None,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    outs, lses = inter_block(queries, sources, key_norms, eps)
-    return [rms_norm(outs[0], norm), *outs[1:]], lses, list(sources)
-
-
-def read_norm(
-    query: Tensor, sources: Sequence[Tensor], key_norm: Tensor, eps: float, *, scale: float, norm: Norm | None
-) -> Tensor:
-    return _Read.apply(query, key_norm, None if norm is None else norm[0], None, None, *sources)
-
-
-def read_norm_chained(
-    query: Tensor,
-    sources: Sequence[Tensor],
-    key_norm: Tensor,
-    eps: float,
-    *,
-    scale: float,
-    norm: Norm | None,
-    prior: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, list[Tensor]]:
-    out, lse = prior or (None, None)
-    return _Read.apply(query, key_norm, None if norm is None else norm[0], out, lse, *sources), list(sources)
-
-
-def add_norm(stream: Tensor, update: Tensor, *, norm: Norm | None) -> tuple[Tensor, Tensor]:
-    stream = stream + update
-    return stream, stream if norm is None else rms_norm(stream, norm)
-
-
-def rms_norm(h: Tensor, norm: Norm | None) -> Tensor:
-    return h if norm is None else _Norm.apply(h, norm[0])
+    def rms_norm(self, h: Tensor, norm: Norm | None) -> Tensor:
+        return h if norm is None else _Norm.apply(h, norm[0])
 
 
 def _statistics(source: Tensor, count: int = 1) -> Tensor:

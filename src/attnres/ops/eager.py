@@ -16,31 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
-from .reference import (
-    Norm,
-    add_norm,
-    distinct,
-    fold,
-    inter_block,
-    inter_block_chained,
-    merge,
-    merge_norm,
-    rms_norm,
-    scaled_before,
-)
-
-__all__ = [
-    "add_norm",
-    "depth_attention",
-    "inter_block",
-    "inter_block_chained",
-    "merge",
-    "merge_norm",
-    "read_norm",
-    "read_norm_chained",
-    "rms_norm",
-]
+from .autograd import differentiates, distinct
+from .formulas import fold
+from .reference import Reference
 
 
 def _read(folded: Tensor, eps: float, scale: float, sources: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -96,40 +74,13 @@ class _DepthAttention(torch.autograd.Function):
         return dfolded[0], None, None, *dsources
 
 
-def depth_attention(
-    query: Tensor,
-    sources: Sequence[Tensor],
-    key_norm: Tensor | None,
-    eps: float = 1e-6,
-    return_weights: bool = False,
-    *,
-    scale: float = 1.0,
-) -> Tensor | tuple[Tensor, Tensor]:
-    folded = fold(query, key_norm, sources[0].dtype)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (folded, *sources)):
-        h, weights = _DepthAttention.apply(*distinct(folded, eps, scale, *sources))
-    else:  # torch.compile cannot trace a Function whose inputs need no gradient
-        h, _, _, weights = _read(folded, eps, scale, sources)
-    return (h, weights) if return_weights else h
-
-
-def read_norm(
-    query: Tensor, sources: Sequence[Tensor], key_norm: Tensor | None, eps: float, *, scale: float, norm: Norm | None
-) -> Tensor:
-    scale, norm = scaled_before(norm, scale)
-    return rms_norm(depth_attention(query, sources, key_norm, eps, scale=scale), norm)  # type: ignore[arg-type]
-
-
-def read_norm_chained(
-    query: Tensor,
-    sources: Sequence[Tensor],
-    key_norm: Tensor | None,
-    eps: float,
-    *,
-    scale: float,
-    norm: Norm | None,
-    prior: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, list[Tensor]]:
-    if prior is not None:
-        return reference.read_norm_chained(query, sources, key_norm, eps, scale=scale, norm=norm, prior=prior)
-    return read_norm(query, sources, key_norm, eps, scale=scale, norm=norm), list(sources)
+class Eager(Reference):
+    def read_with_weights(
+        self, query: Tensor, sources: Sequence[Tensor], key_norm: Tensor | None, eps: float, scale: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        folded = fold(query, key_norm, sources[0].dtype)
+        if differentiates(folded, *sources):
+            h, weights = _DepthAttention.apply(*distinct(folded, eps, scale, *sources))
+        else:
+            h, _, _, weights = _read(folded, eps, scale, sources)
+        return h, weights

@@ -7,7 +7,7 @@ g, in the statistics dtype:
     z = <u, v> rsqrt(|v|^2 + D eps) sqrt(D)              the logits
     rest = sigmoid(lse - z),   h = s + rest (o - s)      the merge of a partial sum s with phase 1's (o, lse)
 
-`dispatch` takes this module for the eager backend where gradients are off. A compiler gets `eager`, which it fuses.
+`dispatch` takes it for the eager backend where gradients are off. A compiler gets `eager`, which it fuses.
 """
 
 import math
@@ -18,20 +18,9 @@ from torch import Tensor
 from torch.linalg import vector_norm
 from torch.nn.functional import linear
 
-from . import reference
-from .reference import Norm, fold, statistics_dtype
-
-__all__ = [
-    "add_norm",
-    "depth_attention",
-    "inter_block",
-    "inter_block_chained",
-    "merge",
-    "merge_norm",
-    "read_norm",
-    "read_norm_chained",
-    "rms_norm",
-]
+from . import formulas
+from .backend import Backend
+from .formulas import Norm, Prior, fold, statistics_dtype
 
 CHUNK = 1 << 19
 """Elements of the sources that are computed at a time, for each thread of PyTorch."""
@@ -39,131 +28,66 @@ FEW = 1 << 14
 """Elements up to which PyTorch's own RMSNorm is the faster one."""
 
 
-def depth_attention(
-    query: Tensor,
-    sources: Sequence[Tensor],
-    key_norm: Tensor | None,
-    eps: float = 1e-6,
-    return_weights: bool = False,
-    *,
-    scale: float = 1.0,
-) -> Tensor | tuple[Tensor, Tensor]:
-    folded, dtype = fold(query, key_norm, sources[0].dtype).unsqueeze(0), sources[0].dtype
+class NoGrad(Backend):
+    def read_with_weights(
+        self, query: Tensor, sources: Sequence[Tensor], key_norm: Tensor | None, eps: float, scale: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        folded, dtype = fold(query, key_norm, sources[0].dtype).unsqueeze(0), sources[0].dtype
 
-    def read(*sources: Tensor) -> tuple[Tensor, Tensor]:
-        h, _, log_weights = _reads(folded, sources, eps)
-        return (h if scale == 1.0 else h * scale).squeeze(-2).to(dtype), log_weights.squeeze(-1).exp()
+        def read(*sources: Tensor) -> tuple[Tensor, Tensor]:
+            h, _, log_weights = _reads(folded, sources, eps)
+            return _normalised(h.squeeze(-2), scale, None, dtype), log_weights.squeeze(-1).exp()
 
-    h, weights = _in_chunks(read, *sources)
-    return (h, weights.movedim(-1, 0)) if return_weights else h
+        h, weights = _in_chunks(read, *sources)
+        return h, weights.movedim(-1, 0)
 
+    def inter_block(
+        self, queries: Tensor, sources: Sequence[Tensor], key_norms: Tensor | None, eps: float
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        folded, dtype = fold(queries, key_norms, sources[0].dtype), sources[0].dtype
+        if len(sources) == 1:  # the read of one source is that source
+            (lses,) = _in_chunks(lambda source: (_logits(folded, source.to(folded.dtype), eps),), *sources)
+            return [sources[0]] * len(folded), list(lses.unbind(-1))
 
-def inter_block(
-    queries: Tensor, sources: Sequence[Tensor], key_norms: Tensor | None, eps: float = 1e-6
-) -> tuple[list[Tensor], list[Tensor]]:
-    folded, dtype = fold(queries, key_norms, sources[0].dtype), sources[0].dtype
-    if len(sources) == 1:  # the read of one source is that source
-        (lses,) = _in_chunks(lambda source: (_logits(folded, source.to(folded.dtype), eps),), *sources)
-        return [sources[0]] * len(folded), list(lses.unbind(-1))
+        def reads(*sources: Tensor) -> tuple[Tensor, Tensor]:
+            outs, logits, log_weights = _reads(folded, sources, eps)
+            # exact where the likeliest source is, whose weight is no small number
+            return outs.to(dtype), logits.amax(-2) - log_weights.amax(-2)
 
-    def reads(*sources: Tensor) -> tuple[Tensor, Tensor]:
-        outs, logits, log_weights = _reads(folded, sources, eps)
-        # exact where the likeliest source is, whose weight is no small number
-        return outs.to(dtype), logits.amax(-2) - log_weights.amax(-2)
+        outs, lses = _in_chunks(reads, *sources)
+        return list(outs.unbind(-2)), list(lses.unbind(-1))
 
-    outs, lses = _in_chunks(reads, *sources)
-    return list(outs.unbind(-2)), list(lses.unbind(-1))
+    def read_norm(
+        self, query: Tensor, sources: Sequence[Tensor], key_norm: Tensor | None, eps: float, *,
+        scale: float = 1.0, norm: Norm | None = None, prior: Prior | None = None,
+    ) -> Tensor:  # fmt: skip
+        if prior is not None:
+            return super().read_norm(query, sources, key_norm, eps, scale=scale, norm=norm, prior=prior)
+        folded, dtype = fold(query, key_norm, sources[0].dtype).unsqueeze(0), sources[0].dtype
 
+        def read(*sources: Tensor) -> tuple[Tensor]:
+            return (_normalised(_reads(folded, sources, eps)[0].squeeze(-2), scale, norm, dtype),)
 
-def merge(
-    query: Tensor,
-    partial: Tensor,
-    key_norm: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    eps: float = 1e-6,
-    *,
-    scale: float = 1.0,
-) -> Tensor:
-    return merge_norm(query, None, partial, key_norm, out, lse, eps, scale=scale, norm=None)[1]
+        return _in_chunks(read, *sources)[0]
 
+    def merge_norm(
+        self, query: Tensor, partial: Tensor | None, update: Tensor, key_norm: Tensor | None, out: Tensor, lse: Tensor,
+        eps: float, *, scale: float = 1.0, norm: Norm | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        total = update if partial is None else partial + update
+        folded = query if key_norm is None else fold(query, key_norm, total.dtype)
+        if _whole(total):
+            return total, _merged(total, out, lse, folded, eps, scale, norm)
 
-def merge_norm(
-    query: Tensor,
-    partial: Tensor | None,
-    update: Tensor,
-    key_norm: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    eps: float,
-    *,
-    scale: float,
-    norm: Norm | None,
-) -> tuple[Tensor, Tensor]:
-    total = update if partial is None else partial + update
-    folded = query if key_norm is None else fold(query, key_norm, total.dtype)
-    if _whole(total):
-        return total, _merged(total, out, lse, folded, eps, scale, norm)
+        def merged(total: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor]:
+            return (_merged(total, out, lse, folded, eps, scale, norm),)
 
-    def merged(total: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor]:
-        return (_merged(total, out, lse, folded, eps, scale, norm),)
+        return total, _in_chunks(merged, total, out, lse)[0]
 
-    return total, _in_chunks(merged, total, out, lse)[0]
-
-
-def read_norm(
-    query: Tensor, sources: Sequence[Tensor], key_norm: Tensor | None, eps: float, *, scale: float, norm: Norm | None
-) -> Tensor:
-    folded, dtype = fold(query, key_norm, sources[0].dtype).unsqueeze(0), sources[0].dtype
-
-    def read(*sources: Tensor) -> tuple[Tensor]:
-        return (_normalised(_reads(folded, sources, eps)[0].squeeze(-2), scale, norm, dtype),)
-
-    return _in_chunks(read, *sources)[0]
-
-
-def rms_norm(h: Tensor, norm: Norm | None) -> Tensor:
-    if norm is None or h.numel() <= FEW:
-        return reference.rms_norm(h, norm)
-    return _in_chunks(lambda rows: (_normalised(rows.to(statistics_dtype(h.dtype)), 1.0, norm, h.dtype),), h)[0]
-
-
-def add_norm(stream: Tensor, update: Tensor, *, norm: Norm | None) -> tuple[Tensor, Tensor]:
-    stream = stream + update
-    return stream, rms_norm(stream, norm)
-
-
-def inter_block_chained(
-    queries: Tensor,
-    sources: Sequence[Tensor],
-    key_norms: Tensor | None,
-    eps: float,
-    *,
-    scale: float = 1.0,
-    norm: Norm | None = None,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    outs, lses = inter_block(queries, sources, key_norms, eps)
-    if norm is not None:
-        outs[0] = rms_norm(outs[0], reference.scaled_norm(norm, scale))
-    return outs, lses, list(sources)
-
-
-def read_norm_chained(
-    query: Tensor,
-    sources: Sequence[Tensor],
-    key_norm: Tensor | None,
-    eps: float,
-    *,
-    scale: float,
-    norm: Norm | None,
-    prior: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, list[Tensor]]:
-    if prior is None:
-        return read_norm(query, sources, key_norm, eps, scale=scale, norm=norm), list(sources)
-    key_norms = None if key_norm is None else key_norm.unsqueeze(0)
-    (out,), (lse,) = inter_block(query.unsqueeze(0), sources, key_norms, eps)
-    scale, norm = reference.scaled_before(norm, scale)
-    return rms_norm(reference.join_reads(prior, (out, lse), scale), norm), list(sources)
+    def rms_norm(self, h: Tensor, norm: Norm | None) -> Tensor:
+        if norm is None or h.numel() <= FEW:
+            return formulas.rms_norm(h, norm)
+        return _in_chunks(lambda rows: (_normalised(rows.to(statistics_dtype(h.dtype)), 1.0, norm, h.dtype),), h)[0]
 
 
 def _reads(folded: Tensor, sources: Sequence[Tensor], eps: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -56,7 +56,7 @@ def footprints(
         checkpointing: keep each Transformer block's input state, and compute the rest again.
         ep: processes that share the experts; as many rows come to each as it sends.
 
-    Counted is what the fused kernels keep (`ops.shapes`) with a lean state. The eager backend keeps more, and so do
+    Counted is what the fused kernels keep (`ops.dry`) with a lean state. The eager backend keeps more, and so do
     parts of a mechanism that torch fuses on GPUs only. Gradients of activations and temporaries are not counted.
     """
     rows, tokens, _ = shape

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from .. import ops
 from ..errors import UsageError
 from ..ops import Norm
-from ..ops.reference import scaled_norm
+from ..ops.formulas import scaled_norm
 
 State = Any
 """A mechanism's own NamedTuple of tensors."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import UsageError
-from ..ops import reference
+from ..ops import formulas
 from .base import Residual, State, normed, split_scaled
 from .weighing import Weighing
 
@@ -152,14 +152,14 @@ class DepthAttention(Residual):
         """(the read of `layer` times scale, [..., D]; its weights as `depth_weights` gives them), in plain PyTorch."""
         row, weighing = layer - self.first_layer, self.weighing
         if weighing.mixing == "static":
-            dtype, n = reference.statistics_dtype(sources[0].dtype), len(sources)
+            dtype, n = formulas.statistics_dtype(sources[0].dtype), len(sources)
             weights = self.static_weight[row][:n].to(dtype) / n
             shown = weights.view(n, *[1] * (sources[0].dim() - 1)).expand(n, *sources[0].shape[:-1])
-            return reference.mix(weights * scale, sources), shown
+            return formulas.mix(weights * scale, sources), shown
         query = self.pseudo_query[row] if weighing.query == "learned" else self.query_proj[row]
         key_norm = self.key_norm[row] if weighing.key_normalised else None
         weights, values = weighing.weights(query, sources, key_norm, self.eps)
-        h = reference.mix(weights * scale, values)
+        h = formulas.mix(weights * scale, values)
         return h if weighing.heads == 1 else h.flatten(-2), weights
 
     def extra_repr(self) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import UsageError
-from ..ops.reference import statistics_dtype
+from ..ops.formulas import statistics_dtype
 from .base import Residual, check_turn, normed
 
 

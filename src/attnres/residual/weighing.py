@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import UsageError
-from ..ops import reference
+from ..ops import formulas
 
 QUERIES = ("learned", "input")
 MIXINGS = ("softmax", "sigmoid", "static")
@@ -86,7 +86,7 @@ class Weighing:
         """
         values = list(sources)
         if self.query == "input":
-            newest = reference.rms_norm(sources[-1], (None, eps))
+            newest = formulas.rms_norm(sources[-1], (None, eps))
             # over D: where an optimizer moves every weight by its rate, logits then move as those of a learned query do
             query = F.linear(newest, query.to(newest.dtype)) / self.dim
         if self.heads > 1:
@@ -95,10 +95,10 @@ class Weighing:
             query = query.unflatten(-1, slices)
             key_norm = None if key_norm is None else key_norm.unflatten(-1, slices)
         if key_norm is None:
-            dtype = reference.statistics_dtype(values[0].dtype)
+            dtype = formulas.statistics_dtype(values[0].dtype)
             logits = torch.stack([(v.to(dtype) * query.to(dtype)).sum(-1) for v in values])
         else:
-            logits = reference.logits(query, values, key_norm, eps)
+            logits = formulas.logits(query, values, key_norm, eps)
         if self.temperature != 1.0:
             logits = logits / self.temperature
         if self.mixing == "sigmoid":

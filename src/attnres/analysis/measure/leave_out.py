@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...model.decoder import Backbone, Decoder
-from ...ops import reference
+from ...ops import formulas
 from ...residual import DepthAttention, State
 from ...residual.base import normed
 
@@ -142,7 +142,7 @@ def _weights(residual: DepthAttention, sources: Sequence[Tensor], layer: int, ro
     if not residual.fused:
         return residual.attend(layer, tuple(v.expand(rows, -1, -1) for v in sources), 1.0)[1]
     query, key_norm = residual.rows(layer)
-    folded, logits = reference.fold(query, key_norm, sources[0].dtype), []
+    folded, logits = formulas.fold(query, key_norm, sources[0].dtype), []
     for source in sources:
         v = source.to(folded.dtype)
         square = torch.linalg.vector_norm(v, dim=-1).square() / residual.dim
@@ -167,7 +167,7 @@ def _mix(weights: Tensor, sources: Sequence[Tensor]) -> Tensor:
     if shared:  # read once for all rows
         parts.append(torch.einsum("nrth,nthd->rthd", weights[shared], torch.stack([values[i][0] for i in shared])))
     if own:
-        parts.append(reference.mix(weights[own], [values[i] for i in own]))
+        parts.append(formulas.mix(weights[own], [values[i] for i in own]))
     return sum(parts[1:], parts[0]).flatten(-2).to(sources[0].dtype)
 
 

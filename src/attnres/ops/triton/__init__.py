@@ -1,1 +1,1 @@
-"""Triton kernels, one a file, and the backend that calls them."""
+"""Depth attention in Triton: a file has its kernels, their custom op and its gradient; `backend` makes ops of them."""

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ChunkConfig, chunk_config, launch, rows
-from .lists import join, joined_sums, load_rows, num_tiles, row_pointer, store_gradient
+from .launch import ChunkConfig, chunk_config, launch, tensor_list
+from .lists import join, joined_sums, load_folded, load_rows, num_tiles, row_pointer, store_gradient
 
 
 @triton.jit
@@ -36,36 +36,12 @@ def _zeros(LANES: tl.constexpr, COUNT: tl.constexpr):
     return join(parts, COUNT)
 
 
-@triton.jit
-def _load_query(p_q, query, num_queries, o_d, m_d, D: tl.constexpr):
-    return tl.load(p_q + tl.minimum(query, num_queries - 1) * D + o_d, mask=m_d, other=0.0)
-
-
 @triton.jit(do_not_specialize=["n", "num_queries", "num_tokens"])
 def inter_block_forward_wide(
-    p_sources,
-    p_outs,
-    p_q,
-    p_logits,
-    p_weights,
-    p_rstd,
-    p_lse,
-    n,
-    num_queries,
-    num_tokens,
-    eps,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    LANES: tl.constexpr,
-    COUNT: tl.constexpr,
-    TILE: tl.constexpr,
-    OUTS: tl.constexpr,
-    GROUP: tl.constexpr,
-    SOURCES: tl.constexpr,
-    QUERIES: tl.constexpr,
-    MIX: tl.constexpr,
-    p_like,
-):
+    p_sources, p_outs, p_q, p_logits, p_weights, p_rstd, p_lse, n, num_queries, num_tokens, eps,
+    D: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr,
+    OUTS: tl.constexpr, GROUP: tl.constexpr, SOURCES: tl.constexpr, QUERIES: tl.constexpr, MIX: tl.constexpr, p_like,
+):  # fmt: skip
     """p_q: [S, D] fp32; p_logits, p_weights: [T, n, S]; p_rstd: [T, n + 1]; p_lse: [S, T]. SOURCES, QUERIES: powers of
     two that hold n and S. MIX false (n = 1): o_l is the source itself and not written."""
     token = tl.program_id(0).to(tl.int64)
@@ -86,7 +62,7 @@ def inter_block_forward_wide(
                 for j in tl.static_range(TILE):
                     squares = squares + (_per_lane(rows[j].to(tl.float32) * rows[j].to(tl.float32), LANES),)
                 for l in tl.static_range(GROUP):
-                    b_q = _load_query(p_q, group * GROUP + l, num_queries, o_d, m_d, D)
+                    b_q = load_folded(p_q, group * GROUP + l, num_queries, o_d, m_d, D)
                     for j in tl.static_range(TILE):
                         dots = dots + (_per_lane(rows[j].to(tl.float32) * b_q, LANES),)
                 b_dots += join(dots, TILE * GROUP)
@@ -145,33 +121,12 @@ def inter_block_forward_wide(
 
 @triton.jit(do_not_specialize=["n", "num_queries", "num_tokens"])
 def inter_block_backward_wide(
-    p_sources,
-    p_later,
-    p_dsources,
-    p_douts,
-    p_q,
-    p_logits,
-    p_rstd,
-    p_lse,
-    p_dlse,
-    p_weights,
-    p_along_query,
-    p_along_row,
-    n,
-    num_queries,
-    num_tokens,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    LANES: tl.constexpr,
-    COUNT: tl.constexpr,
-    TILE: tl.constexpr,
-    OUTS: tl.constexpr,
-    GROUP: tl.constexpr,
-    SOURCES: tl.constexpr,
-    QUERIES: tl.constexpr,
-    CHAINED: tl.constexpr,
+    p_sources, p_later, p_dsources, p_douts, p_q, p_logits, p_rstd, p_lse, p_dlse, p_weights, p_along_query,
+    p_along_row, n, num_queries, num_tokens,
+    D: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr,
+    OUTS: tl.constexpr, GROUP: tl.constexpr, SOURCES: tl.constexpr, QUERIES: tl.constexpr, CHAINED: tl.constexpr,
     p_like,
-):
+):  # fmt: skip
     """p_along_query: [T, n, S], the c_il that `query_gradient` needs. p_weights [T, n, S] and p_along_row [T, n] only
     carry p_il and e_i between the steps."""
     token = tl.program_id(0).to(tl.int64)
@@ -236,7 +191,7 @@ def inter_block_backward_wide(
                 douts = load_rows(p_douts, group, o_row, m_d, OUTS, GROUP, p_like)
                 for l in tl.static_range(GROUP):
                     query = group * GROUP + l
-                    b_q = _load_query(p_q, query, num_queries, o_d, m_d, D)
+                    b_q = load_folded(p_q, query, num_queries, o_d, m_d, D)
                     sums = ()
                     for j in tl.static_range(TILE):
                         source = tile * TILE + j
@@ -258,95 +213,47 @@ def fold(queries: Tensor, key_norms: Tensor) -> Tensor:
 def _constants(config: ChunkConfig, sources: list[Tensor], num_queries: int, count: int, outs: int) -> dict[str, Any]:
     """What both kernels are compiled for, and how they are launched."""
     return dict(
-        D=sources[0].shape[-1],
-        BLOCK=config.BLOCK,
-        LANES=config.LANES,
-        COUNT=count,
-        TILE=config.TILE,
-        OUTS=outs,
-        GROUP=config.GROUP,
-        SOURCES=triton.next_power_of_2(len(sources)),
-        QUERIES=triton.next_power_of_2(num_queries),
-        p_like=sources[0],
-        num_warps=config.num_warps,
-        maxnreg=config.maxnreg,
-        device=sources[0].device,
-    )
+        D=sources[0].shape[-1], BLOCK=config.BLOCK, LANES=config.LANES, COUNT=count, TILE=config.TILE, OUTS=outs,
+        GROUP=config.GROUP, SOURCES=triton.next_power_of_2(len(sources)), QUERIES=triton.next_power_of_2(num_queries),
+        p_like=sources[0], num_warps=config.num_warps, maxnreg=config.maxnreg, device=sources[0].device,
+    )  # fmt: skip
 
 
 def wide_reads(
-    q: Tensor,
-    sources: list[Tensor],
-    eps: float,
-    outs: list[Tensor],
-    lse: Tensor,
-    logits: Tensor,
-    rstd: Tensor,
-) -> None:
+    q: Tensor, sources: list[Tensor], eps: float, outs: list[Tensor], lse: Tensor, logits: Tensor, rstd: Tensor,
+) -> None:  # fmt: skip
     """Fills outs (S reads, or none: for one source they are not written), lse [S, ...], logits [..., n, S] and rstd
     [..., n + 1]. q: folded queries, [S, D] fp32."""
     n, num_queries = len(sources), q.shape[0]
     num_tokens = rstd.numel() // (n + 1)
     config = chunk_config(sources[0], n, num_queries, backward=False)
-    p_sources, p_outs = rows(sources, config.TILE), rows(outs or sources[:1], config.GROUP)
+    p_sources, p_outs = tensor_list(sources, config.TILE), tensor_list(outs or sources[:1], config.GROUP)
     launch(
-        inter_block_forward_wide,
-        (num_tokens,),
-        p_sources.pointers,
-        p_outs.pointers,
-        q,
-        logits,
-        torch.empty_like(logits) if outs else None,
-        rstd,
-        lse,
-        n,
-        num_queries,
-        num_tokens,
-        eps,
-        MIX=len(outs) > 0,
-        **_constants(config, sources, num_queries, p_sources.COUNT, p_outs.COUNT),
-    )
+        inter_block_forward_wide, (num_tokens,),
+        p_sources.pointers, p_outs.pointers, q, logits, torch.empty_like(logits) if outs else None, rstd, lse, n,
+        num_queries, num_tokens, eps,
+        MIX=len(outs) > 0, **_constants(config, sources, num_queries, p_sources.COUNT, p_outs.COUNT),
+    )  # fmt: skip
 
 
 def wide_coefficients(
-    q: Tensor,
-    sources: list[Tensor],
-    lse: Tensor,
-    logits: Tensor,
-    rstd: Tensor,
-    douts: list[Tensor],
-    dlse: Tensor,
-    later: list[Tensor],
-    dsources: list[Tensor],
-) -> Tensor:
+    q: Tensor, sources: list[Tensor], lse: Tensor, logits: Tensor, rstd: Tensor, douts: list[Tensor], dlse: Tensor,
+    later: list[Tensor], dsources: list[Tensor],
+) -> Tensor:  # fmt: skip
     """Fills dsources; the coefficients c [..., n, S] of dq.
 
     q: folded queries, [S, D] fp32; later: what is added to dsources, or nothing."""
     n, num_queries = len(sources), q.shape[0]
     num_tokens = rstd.numel() // (n + 1)
     config = chunk_config(sources[0], n, num_queries, backward=True)
-    p_sources = rows(sources, config.TILE)
-    p_douts = rows(douts, config.GROUP)
+    p_sources = tensor_list(sources, config.TILE)
+    p_douts = tensor_list(douts, config.GROUP)
     along_query = torch.empty_like(logits)
     launch(
-        inter_block_backward_wide,
-        (num_tokens,),
-        p_sources.pointers,
-        rows(later, config.TILE).pointers if later else None,
-        rows(dsources, config.TILE).pointers,
-        p_douts.pointers,
-        q,
-        logits,
-        rstd,
-        lse,
-        dlse,
-        torch.empty_like(logits),
-        along_query,
-        rstd.new_empty((num_tokens, n)),
-        n,
-        num_queries,
-        num_tokens,
-        CHAINED=len(later) > 0,
-        **_constants(config, sources, num_queries, p_sources.COUNT, p_douts.COUNT),
-    )
+        inter_block_backward_wide, (num_tokens,),
+        p_sources.pointers, tensor_list(later, config.TILE).pointers if later else None,
+        tensor_list(dsources, config.TILE).pointers, p_douts.pointers, q, logits, rstd, lse, dlse,
+        torch.empty_like(logits), along_query, rstd.new_empty((num_tokens, n)), n, num_queries, num_tokens,
+        CHAINED=len(later) > 0, **_constants(config, sources, num_queries, p_sources.COUNT, p_douts.COUNT),
+    )  # fmt: skip
     return along_query

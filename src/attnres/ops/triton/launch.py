@@ -27,16 +27,17 @@ _MAX_ARGUMENTS = 16
 _PACK = 32
 
 
-def check_supported(tensor: Tensor, num_sources: int = 1) -> None:
-    """Raises ValueError for tensors that the kernels do not take."""
+def unsupported(tensor: Tensor, num_sources: int) -> str | None:
+    """Why the kernels do not take so many sources like `tensor`; None where they do."""
     if tensor.dtype not in DTYPES:
-        raise ValueError(f"the Triton backend takes bfloat16, float16 and float32 sources; these are {tensor.dtype}")
+        return f"the Triton backend takes bfloat16, float16 and float32 sources; these are {tensor.dtype}"
     if not (tensor.is_cuda or INTERPRETED):
-        raise ValueError(f"the Triton backend takes sources on a CUDA device; these are on {tensor.device}")
+        return f"the Triton backend takes sources on a CUDA device; these are on {tensor.device}"
     if tensor.shape[-1] > MAX_WIDTH:
-        raise ValueError(f"the Triton backend takes a width of at most {MAX_WIDTH}; sources have {tensor.shape[-1]}")
+        return f"the Triton backend takes a width of at most {MAX_WIDTH}; sources have {tensor.shape[-1]}"
     if num_sources > MAX_SOURCES:
-        raise ValueError(f"the Triton backend takes at most {MAX_SOURCES} sources; there are {num_sources}")
+        return f"the Triton backend takes at most {MAX_SOURCES} sources; there are {num_sources}"
+    return None
 
 
 def launch(
@@ -116,18 +117,18 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
-class Rows(NamedTuple):
+class TensorList(NamedTuple):
     """A list of tensors as kernels take it (`lists.row_pointer`)."""
 
     pointers: tuple[Tensor, ...] | Tensor
     COUNT: int
 
 
-def rows(tensors: Sequence[Tensor], tile: int) -> Rows:
+def tensor_list(tensors: Sequence[Tensor], tile: int) -> TensorList:
     """A tuple, filled up to whole tiles with the last tensor, or a table of addresses for more than 16 tensors."""
     padded = tuple(tensors) + (tensors[-1],) * (-len(tensors) % tile)
     if len(padded) <= _MAX_ARGUMENTS:
-        return Rows(padded, len(padded))
+        return TensorList(padded, len(padded))
     padded += (padded[-1],) * (-len(padded) % _PACK)
     table = torch.empty(len(padded), dtype=torch.int64, device=padded[0].device)
     for first in range(0, len(padded), _PACK):
@@ -141,10 +142,14 @@ def rows(tensors: Sequence[Tensor], tile: int) -> Rows:
             num_warps=1,
             device=table.device,
         )
-    return Rows(table, 0)
+    return TensorList(table, 0)
 
 
 def dense(tensor: Tensor) -> Tensor:
     """Contiguous and on a 16-byte boundary, as a table of addresses promises."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def dense_or_none(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else dense(tensor)

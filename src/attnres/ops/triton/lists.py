@@ -95,6 +95,12 @@ def load_query(p_query, p_key_norm, o_d, m_d):
     return b_query * tl.load(p_key_norm + o_d, mask=m_d, other=0.0).to(tl.float32)
 
 
+@triton.jit
+def load_folded(p_q, query, num_queries, o_d, m_d, D: tl.constexpr):
+    """q of one of several queries; past the end the last one comes again."""
+    return tl.load(p_q + tl.minimum(query, num_queries - 1) * D + o_d, mask=m_d, other=0.0)
+
+
 @triton.constexpr_function
 def log2_ceil(count):
     return (count - 1).bit_length()

@@ -14,37 +14,24 @@ rows and writes two:
     dq = sum_tokens dz r s                             one partial row a program, summed by `reduce`
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import dense, launch, row_config
+from .chain import called, handed_on, or_zeros
+from .launch import dense, dense_or_none, launch, row_config
 from .lists import load_query, sums
 from .reduce import sum_partials
 
 
 @triton.jit
 def merge_forward(
-    p_partial_sum,
-    p_update,
-    p_out,
-    p_lse,
-    p_query,
-    p_key_norm,
-    p_weight,
-    p_sum,
-    p_x,
-    p_stats,
-    scale,
-    eps,
-    norm_eps,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ADD: tl.constexpr,
-    NORM: tl.constexpr,
-    AFFINE: tl.constexpr,
-):
+    p_partial_sum, p_update, p_out, p_lse, p_query, p_key_norm, p_weight, p_sum, p_x, p_stats, scale, eps, norm_eps,
+    D: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, NORM: tl.constexpr, AFFINE: tl.constexpr,
+):  # fmt: skip
     """ADD false: s is `p_update` itself and p_sum is not written. p_stats: [T, 3], z, r and the output norm's rstd."""
     token = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BLOCK)
@@ -79,28 +66,11 @@ def merge_forward(
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def merge_backward(
-    p_sum,
-    p_out,
-    p_lse,
-    p_query,
-    p_key_norm,
-    p_weight,
-    p_stats,
-    p_dx,
-    p_later,
-    p_dsum,
-    p_dout,
-    p_dlse,
-    p_partial,
-    num_tokens,
-    scale,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    NORM: tl.constexpr,
-    AFFINE: tl.constexpr,
-    CHAINED: tl.constexpr,
+    p_sum, p_out, p_lse, p_query, p_key_norm, p_weight, p_stats, p_dx, p_later, p_dsum, p_dout, p_dlse, p_partial,
+    num_tokens, scale,
+    D: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, AFFINE: tl.constexpr, CHAINED: tl.constexpr,
     STAGES: tl.constexpr,
-):
+):  # fmt: skip
     """p_partial: [programs, 1 + AFFINE, D], this program's sums of dq and of the norm weight's gradient."""
     o_d = tl.arange(0, BLOCK)
     m_d = o_d < D
@@ -149,17 +119,9 @@ def merge_backward(
 
 
 def merge(
-    query: Tensor,
-    key_norm: Tensor,
-    partial: Tensor | None,
-    update: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    norm_eps: float | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    query: Tensor, key_norm: Tensor, partial: Tensor | None, update: Tensor, out: Tensor, lse: Tensor,
+    weight: Tensor | None, eps: float, norm_eps: float | None, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(partial + update, x [..., D], what backward needs [..., 3]). partial None: the sum is `update`, and comes back
     empty. norm_eps None: no norm follows."""
     partial_sum, x, stats = _merge_outputs(partial, update)
@@ -168,29 +130,12 @@ def merge(
         return partial_sum, x, stats
     config = row_config("merge_forward", x, num_tokens)
     launch(
-        merge_forward,
-        (num_tokens,),
-        None if partial is None else dense(partial),
-        dense(update),
-        dense(out),
-        dense(lse),
-        dense(query),
-        dense(key_norm),
-        None if weight is None else dense(weight),
-        partial_sum,
-        x,
-        stats,
-        scale,
-        eps,
-        norm_eps or 0.0,
-        D=width,
-        BLOCK=config.BLOCK,
-        ADD=partial is not None,
-        NORM=norm_eps is not None,
-        AFFINE=weight is not None,
-        num_warps=config.num_warps,
-        device=x.device,
-    )
+        merge_forward, (num_tokens,),
+        dense_or_none(partial), dense(update), dense(out), dense(lse), dense(query), dense(key_norm),
+        dense_or_none(weight), partial_sum, x, stats, scale, eps, norm_eps or 0.0,
+        D=width, BLOCK=config.BLOCK, ADD=partial is not None, NORM=norm_eps is not None, AFFINE=weight is not None,
+        num_warps=config.num_warps, device=x.device,
+    )  # fmt: skip
     return partial_sum, x, stats
 
 
@@ -208,20 +153,11 @@ def _merge_outputs(partial: Tensor | None, update: Tensor) -> tuple[Tensor, Tens
 
 
 def merge_gradients(
-    query: Tensor,
-    key_norm: Tensor,
-    partial_sum: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    weight: Tensor | None,
-    stats: Tensor,
-    dx: Tensor,
-    later: Tensor | None,
-    norm_eps: float | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    query: Tensor, key_norm: Tensor, partial_sum: Tensor, out: Tensor, lse: Tensor, weight: Tensor | None,
+    stats: Tensor, dx: Tensor, later: Tensor | None, norm_eps: float | None, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dquery, dkey_norm, dpartial = dupdate, dout, dlse, dweight or empty). later: what is added to dpartial."""
-    query, key_norm, weight = dense(query), dense(key_norm), None if weight is None else dense(weight)
+    query, key_norm, weight = dense(query), dense(key_norm), dense_or_none(weight)
     width, num_tokens = dx.shape[-1], lse.numel()
     dpartial, dout = dx.new_empty(dx.shape), dx.new_empty(dx.shape)
     dlse = lse.new_empty(lse.shape)
@@ -231,32 +167,12 @@ def merge_gradients(
         partial.zero_()
     else:
         launch(
-            merge_backward,
-            (config.programs,),
-            dense(partial_sum),
-            dense(out),
-            dense(lse),
-            query,
-            key_norm,
-            weight,
-            stats,
-            dense(dx),
-            None if later is None else dense(later),
-            dpartial,
-            dout,
-            dlse,
-            partial,
-            num_tokens,
-            scale,
-            D=width,
-            BLOCK=config.BLOCK,
-            NORM=norm_eps is not None,
-            AFFINE=weight is not None,
-            CHAINED=later is not None,
-            STAGES=config.STAGES,
-            num_warps=config.num_warps,
-            device=dx.device,
-        )
+            merge_backward, (config.programs,),
+            dense(partial_sum), dense(out), dense(lse), query, key_norm, weight, stats, dense(dx), dense_or_none(later),
+            dpartial, dout, dlse, partial, num_tokens, scale,
+            D=width, BLOCK=config.BLOCK, NORM=norm_eps is not None, AFFINE=weight is not None,
+            CHAINED=later is not None, STAGES=config.STAGES, num_warps=config.num_warps, device=dx.device,
+        )  # fmt: skip
     dquery, dkey_norm, dweight = sum_partials(partial, query, key_norm, weight)
     return dquery, dkey_norm, dpartial, dout, dlse, dweight
 
@@ -274,3 +190,39 @@ def _(query, key_norm, partial_sum, out, lse, weight, stats, dx, later, norm_eps
         lse.new_empty(lse.shape),
         stats.new_empty(0) if weight is None else weight.new_empty(weight.shape),
     )
+
+
+class Merge(torch.autograd.Function):
+    """The partial sum and x. partial None: the sum is `update` itself, handed on."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key_norm: Tensor,
+        partial: Tensor | None,
+        update: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        weight: Tensor | None,
+        eps: float,
+        norm_eps: float | None,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        total, x, stats = called(merge, merge_op)(
+            query, key_norm, partial, update, out, lse, weight, eps, norm_eps, scale
+        )
+        ctx.norm_eps, ctx.scale, ctx.added = norm_eps, scale, partial is not None
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(query, key_norm, total if ctx.added else update, out, lse, weight, stats)
+        return total if ctx.added else handed_on([update])[0], x
+
+    @staticmethod
+    def backward(ctx: Any, later: Tensor | None, dx: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        query, key_norm, total, out, lse, weight, stats = ctx.saved_tensors
+        (dx,) = or_zeros([dx], total)
+        dquery, dkey_norm, dtotal, dout, dlse, dweight = called(merge_gradients, merge_gradients_op)(
+            query, key_norm, total, out, lse, weight, stats, dx, later, ctx.norm_eps, ctx.scale
+        )
+        dpartial = dtotal if ctx.added else None
+        return dquery, dkey_norm, dpartial, dtotal, dout, dlse, None if weight is None else dweight, None, None, None

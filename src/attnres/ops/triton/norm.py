@@ -9,29 +9,23 @@ without a stream). Backward, with gx = dx w and x^ = s r, reads three (two) and 
     dw = sum_tokens dx x^                      one partial row a program, summed by `reduce`
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import dense, launch, row_config
+from .chain import called, handed_on, or_zeros
+from .launch import dense, dense_or_none, launch, row_config
 from .reduce import sum_partials
 
 
 @triton.jit
 def add_norm_forward(
-    p_stream,
-    p_update,
-    p_weight,
-    p_sum,
-    p_x,
-    p_rstd,
-    eps,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ADD: tl.constexpr,
-    AFFINE: tl.constexpr,
-):
+    p_stream, p_update, p_weight, p_sum, p_x, p_rstd, eps,
+    D: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, AFFINE: tl.constexpr,
+):  # fmt: skip
     """ADD false: s is `p_update` itself and p_sum is not written."""
     token = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BLOCK)
@@ -54,20 +48,9 @@ def add_norm_forward(
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def add_norm_backward(
-    p_sum,
-    p_weight,
-    p_rstd,
-    p_dx,
-    p_later,
-    p_dsum,
-    p_partial,
-    num_tokens,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    AFFINE: tl.constexpr,
-    CHAINED: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    p_sum, p_weight, p_rstd, p_dx, p_later, p_dsum, p_partial, num_tokens,
+    D: tl.constexpr, BLOCK: tl.constexpr, AFFINE: tl.constexpr, CHAINED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """p_partial: [programs, 1, D], this program's sum of the weight's gradient."""
     o_d = tl.arange(0, BLOCK)
     m_d = o_d < D
@@ -97,22 +80,11 @@ def add_norm(stream: Tensor | None, update: Tensor, weight: Tensor | None, eps: 
     if num_tokens > 0:
         config = row_config("add_norm_forward", x, num_tokens)
         launch(
-            add_norm_forward,
-            (num_tokens,),
-            None if stream is None else dense(stream),
-            dense(update),
-            None if weight is None else dense(weight),
-            total,
-            x,
-            rstd,
-            eps,
-            D=width,
-            BLOCK=config.BLOCK,
-            ADD=stream is not None,
-            AFFINE=weight is not None,
-            num_warps=config.num_warps,
+            add_norm_forward, (num_tokens,),
+            dense_or_none(stream), dense(update), dense_or_none(weight), total, x, rstd, eps,
+            D=width, BLOCK=config.BLOCK, ADD=stream is not None, AFFINE=weight is not None, num_warps=config.num_warps,
             device=x.device,
-        )
+        )  # fmt: skip
     return total, x, rstd
 
 
@@ -134,7 +106,7 @@ def add_norm_gradients(
 ) -> tuple[Tensor, Tensor]:
     """(dstream = dupdate, dweight or empty). later: what is added to dstream."""
     width, num_tokens = dx.shape[-1], rstd.numel()
-    weight = None if weight is None else dense(weight)
+    weight = dense_or_none(weight)
     dtotal = dx.new_empty(dx.shape)
     config = row_config("add_norm_backward", dx, num_tokens)
     partial = dx.new_empty((config.programs, 1, width), dtype=torch.float32)
@@ -142,24 +114,11 @@ def add_norm_gradients(
         partial.zero_()
     else:
         launch(
-            add_norm_backward,
-            (config.programs,),
-            dense(total),
-            weight,
-            rstd,
-            dense(dx),
-            None if later is None else dense(later),
-            dtotal,
-            partial,
-            num_tokens,
-            D=width,
-            BLOCK=config.BLOCK,
-            AFFINE=weight is not None,
-            CHAINED=later is not None,
-            STAGES=config.STAGES,
-            num_warps=config.num_warps,
-            device=dx.device,
-        )
+            add_norm_backward, (config.programs,),
+            dense(total), weight, rstd, dense(dx), dense_or_none(later), dtotal, partial, num_tokens,
+            D=width, BLOCK=config.BLOCK, AFFINE=weight is not None, CHAINED=later is not None, STAGES=config.STAGES,
+            num_warps=config.num_warps, device=dx.device,
+        )  # fmt: skip
     if weight is None:
         return dtotal, rstd.new_empty(0)
     return dtotal, sum_partials(partial, None, None, weight)[2]
@@ -171,3 +130,24 @@ add_norm_gradients_op = torch.library.custom_op("attnres::add_norm_backward", ad
 @add_norm_gradients_op.register_fake
 def _(total, weight, rstd, dx, later):  # type: ignore[no-untyped-def]
     return dx.new_empty(dx.shape), rstd.new_empty(0) if weight is None else weight.new_empty(weight.shape)
+
+
+class AddNorm(torch.autograd.Function):
+    """stream + update and its norm. stream None: the sum is `update` itself, handed on."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, stream: Tensor | None, update: Tensor, weight: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        total, x, rstd = called(add_norm, add_norm_op)(stream, update, weight, eps)
+        ctx.added = stream is not None
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(total if ctx.added else update, weight, rstd)
+        return total if ctx.added else handed_on([update])[0], x
+
+    @staticmethod
+    def backward(ctx: Any, later: Tensor | None, dx: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        total, weight, rstd = ctx.saved_tensors
+        (dx,) = or_zeros([dx], total)
+        dtotal, dweight = called(add_norm_gradients, add_norm_gradients_op)(total, weight, rstd, dx, later)
+        return dtotal if ctx.added else None, dtotal, None if weight is None else dweight, None

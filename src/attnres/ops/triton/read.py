@@ -26,40 +26,25 @@ program's tokens in registers; `reduce` sums the programs in a fixed order.
 # ruff: noqa: RUF005
 # mypy: disable-error-code="assignment"
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import dense, launch, row_config, rows
+from .chain import called, handed_on, left_by_later_readers, or_zeros
+from .launch import dense, dense_or_none, launch, row_config, tensor_list
 from .lists import dots, load_query, load_rows, num_tiles, squares, store_gradient, sums
 from .reduce import sum_partials
 
 
 @triton.jit(do_not_specialize=["n"])
 def read_forward(
-    p_sources,
-    p_prior,
-    p_prior_lse,
-    p_query,
-    p_key_norm,
-    p_weight,
-    p_x,
-    p_stats,
-    n,
-    scale,
-    eps,
-    norm_eps,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
-    COUNT: tl.constexpr,
-    TILE: tl.constexpr,
-    PRIOR: tl.constexpr,
-    NORM: tl.constexpr,
-    AFFINE: tl.constexpr,
-):
+    p_sources, p_prior, p_prior_lse, p_query, p_key_norm, p_weight, p_x, p_stats, n, scale, eps, norm_eps,
+    D: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, COUNT: tl.constexpr,
+    TILE: tl.constexpr, PRIOR: tl.constexpr, NORM: tl.constexpr, AFFINE: tl.constexpr,
+):  # fmt: skip
     """p_stats: [T, 2n + 2], logits, reciprocal norms of the sources, log-sum-exp, reciprocal norm of h."""
     token = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BLOCK)
@@ -124,26 +109,9 @@ def _mix(b_h, rows, p_logits, tile, n, lse, TILE: tl.constexpr):
 
 @triton.jit
 def _store_gradients(
-    p_later,
-    p_dsources,
-    p_logits,
-    tile,
-    n,
-    o_row,
-    m_d,
-    rows,
-    weights,
-    along_rows,
-    delta,
-    b_dh,
-    b_q,
-    b_dq,
-    D: tl.constexpr,
-    COUNT: tl.constexpr,
-    TILE: tl.constexpr,
-    CHAINED: tl.constexpr,
-    p_like,
-):
+    p_later, p_dsources, p_logits, tile, n, o_row, m_d, rows, weights, along_rows, delta, b_dh, b_q, b_dq,
+    D: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr, CHAINED: tl.constexpr, p_like,
+):  # fmt: skip
     """Writes the gradients of a tile's sources; returns b_dq with the tile's part added. along_rows: <dh, v_j>."""
     for j in tl.static_range(TILE):
         source = tile * TILE + j
@@ -162,35 +130,12 @@ def _store_gradients(
 
 @triton.jit(do_not_specialize=["n", "num_tokens"])
 def read_backward(
-    p_sources,
-    p_later,
-    p_dsources,
-    p_prior,
-    p_prior_lse,
-    p_dprior,
-    p_dprior_lse,
-    p_query,
-    p_key_norm,
-    p_weight,
-    p_dx,
-    p_stats,
-    p_partial,
-    n,
-    num_tokens,
-    scale,
-    norm_eps,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
-    COUNT: tl.constexpr,
-    TILE: tl.constexpr,
-    PRIOR: tl.constexpr,
-    NORM: tl.constexpr,
-    AFFINE: tl.constexpr,
-    CHAINED: tl.constexpr,
+    p_sources, p_later, p_dsources, p_prior, p_prior_lse, p_dprior, p_dprior_lse, p_query, p_key_norm, p_weight, p_dx,
+    p_stats, p_partial, n, num_tokens, scale, norm_eps,
+    D: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, COUNT: tl.constexpr,
+    TILE: tl.constexpr, PRIOR: tl.constexpr, NORM: tl.constexpr, AFFINE: tl.constexpr, CHAINED: tl.constexpr,
     STAGES: tl.constexpr,
-):
+):  # fmt: skip
     """p_partial: [programs, 1 + AFFINE, D], this program's sums of dq and of the norm weight's gradient."""
     SUMS: tl.constexpr = (TILE + PRIOR) * (1 + NORM)
     o_d = tl.arange(0, BLOCK)
@@ -286,16 +231,9 @@ def read_backward(
 
 
 def read(
-    query: Tensor,
-    key_norm: Tensor,
-    sources: list[Tensor],
-    prior: Tensor | None,
-    prior_lse: Tensor | None,
-    weight: Tensor | None,
-    eps: float,
-    norm_eps: float | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, key_norm: Tensor, sources: list[Tensor], prior: Tensor | None, prior_lse: Tensor | None,
+    weight: Tensor | None, eps: float, norm_eps: float | None, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(x [..., D], what backward needs [..., 2n + 2]: logits, reciprocal norms, log-sum-exp, norm). norm_eps None: no
     norm follows. prior [..., D] and its log-sum-exp [...]: the read that this one goes on from."""
     sources = [dense(source) for source in sources]
@@ -304,34 +242,15 @@ def read(
     if num_tokens == 0:
         return x, stats
     config = row_config("read_forward", x, num_tokens, len(sources))
-    p_sources = rows(sources, config.TILE)
+    p_sources = tensor_list(sources, config.TILE)
     launch(
-        read_forward,
-        (num_tokens,),
-        p_sources.pointers,
-        None if prior is None else dense(prior),
-        None if prior_lse is None else dense(prior_lse),
-        dense(query),
-        dense(key_norm),
-        None if weight is None else dense(weight),
-        x,
-        stats,
-        len(sources),
-        scale,
-        eps,
-        norm_eps or 0.0,
-        D=width,
-        BLOCK=config.BLOCK,
-        LANES=config.LANES,
-        VECTOR=config.VECTOR,
-        COUNT=p_sources.COUNT,
-        TILE=config.TILE,
-        PRIOR=prior is not None,
-        NORM=norm_eps is not None,
-        AFFINE=weight is not None,
-        num_warps=config.num_warps,
+        read_forward, (num_tokens,),
+        p_sources.pointers, dense_or_none(prior), dense_or_none(prior_lse), dense(query), dense(key_norm),
+        dense_or_none(weight), x, stats, len(sources), scale, eps, norm_eps or 0.0,
+        D=width, BLOCK=config.BLOCK, LANES=config.LANES, VECTOR=config.VECTOR, COUNT=p_sources.COUNT, TILE=config.TILE,
+        PRIOR=prior is not None, NORM=norm_eps is not None, AFFINE=weight is not None, num_warps=config.num_warps,
         device=x.device,
-    )
+    )  # fmt: skip
     return x, stats
 
 
@@ -350,22 +269,13 @@ def _read_outputs(sources: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def read_gradients(
-    query: Tensor,
-    key_norm: Tensor,
-    sources: list[Tensor],
-    prior: Tensor | None,
-    prior_lse: Tensor | None,
-    weight: Tensor | None,
-    stats: Tensor,
-    dx: Tensor,
-    later: list[Tensor],
-    norm_eps: float | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, list[Tensor], Tensor, Tensor, Tensor]:
+    query: Tensor, key_norm: Tensor, sources: list[Tensor], prior: Tensor | None, prior_lse: Tensor | None,
+    weight: Tensor | None, stats: Tensor, dx: Tensor, later: list[Tensor], norm_eps: float | None, scale: float,
+) -> tuple[Tensor, Tensor, list[Tensor], Tensor, Tensor, Tensor]:  # fmt: skip
     """(dquery, dkey_norm, dsources, dprior, dprior_lse, dweight; what there is none of comes back empty). later: what
     is added to dsources, or nothing."""
     sources, later, dx = [dense(source) for source in sources], [dense(g) for g in later], dense(dx)
-    query, key_norm, weight = dense(query), dense(key_norm), None if weight is None else dense(weight)
+    query, key_norm, weight = dense(query), dense(key_norm), dense_or_none(weight)
     dsources = [torch.empty_like(source) for source in sources]
     dprior, dprior_lse = _prior_gradients(dx, prior)
     width, num_tokens = dx.shape[-1], dx.numel() // dx.shape[-1]
@@ -374,41 +284,17 @@ def read_gradients(
     if num_tokens == 0:
         partial.zero_()
     else:
-        p_sources = rows(sources, config.TILE)
+        p_sources = tensor_list(sources, config.TILE)
         launch(
-            read_backward,
-            (config.programs,),
-            p_sources.pointers,
-            rows(later, config.TILE).pointers if later else None,
-            rows(dsources, config.TILE).pointers,
-            None if prior is None else dense(prior),
-            None if prior_lse is None else dense(prior_lse),
-            None if prior is None else dprior,
-            None if prior is None else dprior_lse,
-            query,
-            key_norm,
-            weight,
-            dx,
-            stats,
-            partial,
-            len(sources),
-            num_tokens,
-            scale,
-            norm_eps or 0.0,
-            D=width,
-            BLOCK=config.BLOCK,
-            LANES=config.LANES,
-            VECTOR=config.VECTOR,
-            COUNT=p_sources.COUNT,
-            TILE=config.TILE,
-            PRIOR=prior is not None,
-            NORM=norm_eps is not None,
-            AFFINE=weight is not None,
-            CHAINED=len(later) > 0,
-            STAGES=config.STAGES,
-            num_warps=config.num_warps,
-            device=dx.device,
-        )
+            read_backward, (config.programs,),
+            p_sources.pointers, tensor_list(later, config.TILE).pointers if later else None,
+            tensor_list(dsources, config.TILE).pointers, dense_or_none(prior), dense_or_none(prior_lse),
+            None if prior is None else dprior, None if prior is None else dprior_lse, query, key_norm, weight, dx,
+            stats, partial, len(sources), num_tokens, scale, norm_eps or 0.0,
+            D=width, BLOCK=config.BLOCK, LANES=config.LANES, VECTOR=config.VECTOR, COUNT=p_sources.COUNT,
+            TILE=config.TILE, PRIOR=prior is not None, NORM=norm_eps is not None, AFFINE=weight is not None,
+            CHAINED=len(later) > 0, STAGES=config.STAGES, num_warps=config.num_warps, device=dx.device,
+        )  # fmt: skip
     dquery, dkey_norm, dweight = sum_partials(partial, query, key_norm, weight)
     return dquery, dkey_norm, dsources, dprior, dprior_lse, dweight
 
@@ -432,3 +318,42 @@ def _prior_gradients(dx: Tensor, prior: Tensor | None) -> tuple[Tensor, Tensor]:
     if prior is None:
         return dx.new_empty(0), dx.new_empty(0, dtype=torch.float32)
     return dx.new_empty(dx.shape), dx.new_empty(dx.shape[:-1], dtype=torch.float32)
+
+
+class Read(torch.autograd.Function):
+    """x, what `read` keeps, and the sources if they have later readers. prior, prior_lse: the read that this one goes
+    on from, or None.
+
+    A source that nobody reads again is better not handed on: a compiler would make its missing gradient of zeros."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key_norm: Tensor,
+        prior: Tensor | None,
+        prior_lse: Tensor | None,
+        weight: Tensor | None,
+        eps: float,
+        norm_eps: float | None,
+        scale: float,
+        hand_on: bool,
+        *sources: Tensor,
+    ) -> tuple[Tensor, ...]:
+        x, stats = called(read, read_op)(query, key_norm, list(sources), prior, prior_lse, weight, eps, norm_eps, scale)
+        ctx.norm_eps, ctx.scale = norm_eps, scale
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(stats)
+        ctx.save_for_backward(query, key_norm, prior, prior_lse, weight, stats, *sources)
+        return x, stats, *(handed_on(sources) if hand_on else ())
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor | None, _: None, *later: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        query, key_norm, prior, prior_lse, weight, stats, *sources = ctx.saved_tensors
+        (dx,) = or_zeros([dx], sources[0])
+        left = left_by_later_readers(later, sources[0])
+        dquery, dkey_norm, dsources, dprior, dprior_lse, dweight = called(read_gradients, read_gradients_op)(
+            query, key_norm, sources, prior, prior_lse, weight, stats, dx, left, ctx.norm_eps, ctx.scale
+        )
+        of_prior = (None, None) if prior is None else (dprior, dprior_lse)
+        return dquery, dkey_norm, *of_prior, None if weight is None else dweight, None, None, None, None, *dsources

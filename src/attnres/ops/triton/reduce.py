@@ -12,27 +12,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import INTERPRETED, launch, multiprocessors, rows
+from .launch import INTERPRETED, launch, multiprocessors, tensor_list
 from .lists import row_pointer
 
 
 @triton.jit(do_not_specialize=["n", "num_queries", "num_tokens", "tokens_per_program"])
 def query_gradient(
-    p_sources,
-    p_along_query,
-    p_partial,
-    n,
-    num_queries,
-    num_tokens,
-    tokens_per_program,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TOKENS: tl.constexpr,
-    COUNT: tl.constexpr,
-    QUERIES: tl.constexpr,
-    SPLIT: tl.constexpr,
-    p_like,
-):
+    p_sources, p_along_query, p_partial, n, num_queries, num_tokens, tokens_per_program,
+    D: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, COUNT: tl.constexpr, QUERIES: tl.constexpr,
+    SPLIT: tl.constexpr, p_like,
+):  # fmt: skip
     """p_along_query: c, [T, n, S] fp32; p_partial: [programs, S, D].
 
     SPLIT: c goes to the tensor cores as two numbers of the sources' dtype, whose errors add up to 2^-17 for bf16.
@@ -68,19 +57,9 @@ def query_gradient(
 
 @triton.jit(do_not_specialize=["num_partials"])
 def reduce_partials(
-    p_partial,
-    p_queries,
-    p_key_norms,
-    p_dqueries,
-    p_dkey_norms,
-    p_dweight,
-    num_partials,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    QUERIES: tl.constexpr,
-    AFFINE: tl.constexpr,
-):
+    p_partial, p_queries, p_key_norms, p_dqueries, p_dkey_norms, p_dweight, num_partials,
+    D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr, AFFINE: tl.constexpr,
+):  # fmt: skip
     """p_partial: [P, S + AFFINE, D]. Row l < S is dq_l, q_l = w_l g_l, hence dw_l = g_l dq_l and dg_l = w_l dq_l; row S
     is the gradient of the weight of the norm that follows the read. QUERIES is S."""
     row = tl.program_id(1)
@@ -114,7 +93,7 @@ def query_partials(sources: Sequence[Tensor], along_query: Tensor, num_queries: 
     share = triton.cdiv(num_tokens, chunks * tokens) * tokens
     chunks = triton.cdiv(num_tokens, share)
     partial = torch.empty((chunks, num_queries, width), dtype=torch.float32, device=first.device)
-    list_of_sources = rows(sources, 1)
+    list_of_sources = tensor_list(sources, 1)
     queries = 16 if num_queries <= 16 else 32
     launch(
         query_gradient,
@@ -151,21 +130,9 @@ def sum_partials(
     )
     block = 32  # many rows at a time: what counts here is the time of one load after the other
     launch(
-        reduce_partials,
-        (triton.cdiv(width, block), num_rows),
-        partial,
-        queries,
-        key_norms,
-        dqueries,
-        dkey_norms,
-        dweight,
-        num_partials,
-        D=width,
-        ROWS=256,
-        BLOCK=block,
-        QUERIES=num_rows - (weight is not None),
-        AFFINE=weight is not None,
-        num_warps=8,
+        reduce_partials, (triton.cdiv(width, block), num_rows),
+        partial, queries, key_norms, dqueries, dkey_norms, dweight, num_partials,
+        D=width, ROWS=256, BLOCK=block, QUERIES=num_rows - (weight is not None), AFFINE=weight is not None, num_warps=8,
         device=partial.device,
-    )
+    )  # fmt: skip
     return dqueries, dkey_norms, dweight

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UsageError
-from ...ops.reference import mix, statistics_dtype
+from ...ops.formulas import mix, statistics_dtype
 from ..base import normed
 from ..ragged import RaggedResidual
 from ..registry import register

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UsageError
-from ...ops.reference import statistics_dtype
+from ...ops.formulas import statistics_dtype
 from ..registry import register
 from .prenorm import PreNorm, SumState
 

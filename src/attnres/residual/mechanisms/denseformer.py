@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UsageError
-from ...ops.reference import mix, statistics_dtype
+from ...ops.formulas import mix, statistics_dtype
 from ..registry import register
 from .block_bank import DenseResidual
 

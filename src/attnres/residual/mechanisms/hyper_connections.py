@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ...ops.reference import statistics_dtype
+from ...ops.formulas import statistics_dtype
 from ..registry import register
 from ..streams import StreamResidual, project
 

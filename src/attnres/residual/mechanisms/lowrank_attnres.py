@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UsageError
-from ...ops import reference
+from ...ops import formulas
 from ..registry import register
 from .block_attnres import BlockAttnRes
 
@@ -57,8 +57,8 @@ class LowRankAttnRes(BlockAttnRes):
     def attend(self, layer: int, sources: tuple[Tensor, ...], scale: float) -> tuple[Tensor, Tensor]:
         query, key_norm = self.rows(layer)
         keys = [source[..., -self.rank :] for source in sources]
-        weights = reference.logits(query, keys, key_norm, self.eps).softmax(0)
-        return reference.mix(weights * scale, sources), weights
+        weights = formulas.logits(query, keys, key_norm, self.eps).softmax(0)
+        return formulas.mix(weights * scale, sources), weights
 
     def read_flops(self, layer: int) -> int:
         count = self.num_sources(layer)

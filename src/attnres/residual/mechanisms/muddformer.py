@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...ops.reference import mix
+from ...ops.formulas import mix
 from ..registry import register
 from ..streams import project
 from .block_bank import DenseResidual
