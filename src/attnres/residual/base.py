@@ -114,7 +114,7 @@ class Residual(nn.Module, ABC):
         """
         begin, end = first - self.first_layer, (last if last < self.num_layers else last + 1) - self.first_layer
         for name in self.layer_parameters:
-            rows = Rows(getattr(self, name)[begin:end], first)
+            rows = LayerRows(getattr(self, name)[begin:end], first)
             delattr(self, name)
             setattr(self, name, rows)
         self.first_layer = first
@@ -140,7 +140,7 @@ class Residual(nn.Module, ABC):
         return f"dim={self.dim}, num_layers={self.num_layers}"
 
 
-class Rows(nn.Module):
+class LayerRows(nn.Module):
     """The rows of a parameter as parameters named by their layers, read like the parameter itself."""
 
     def __init__(self, rows: Tensor, first: int) -> None:
@@ -154,13 +154,13 @@ class Rows(nn.Module):
 
 
 def _on_stacked_rows(reset: Callable[[Any], None]) -> Callable[[Any], None]:
-    """`reset` for parameters that may be `Rows`: it finds one tensor, and the rows get what it leaves there."""
+    """`reset` for parameters that may be `LayerRows`: it finds one tensor, and the rows get what it leaves there."""
 
     @wraps(reset)
     @torch.no_grad()
     def reset_rows(self: Any) -> None:
         modules = dict(self._modules)
-        rows = {name: module for name, module in modules.items() if isinstance(module, Rows)}
+        rows = {name: module for name, module in modules.items() if isinstance(module, LayerRows)}
         for name, module in rows.items():
             del self._modules[name]
             self.register_parameter(name, nn.Parameter(module[:], requires_grad=False))
