@@ -43,7 +43,7 @@ class DepthAttention(Residual):
         if schedule not in SCHEDULES:
             raise UsageError(f"schedule must be one of {', '.join(SCHEDULES)}; it is {schedule!r}")
         self.weighing = Weighing(dim, **switches)
-        if schedule == "two_phase" and not self.weighing.published:
+        if schedule == "two_phase" and not self.weighing.fused:
             raise UsageError(
                 "schedule='two_phase' is for the published weights with any temperature; take 'auto' with other "
                 f"switches, which are{str(self.weighing)[1:]}"
@@ -51,7 +51,7 @@ class DepthAttention(Residual):
         self.eps = eps
         self.stream_scale = stream_scale
         self.schedule = schedule
-        self.fused = self.weighing.published
+        self.fused = self.weighing.fused
 
     def add_parameters(self) -> None:
         """Makes the parameters that the weights need; called when the number of sources of every layer is known."""

@@ -57,7 +57,7 @@ class Weighing:
                     raise UsageError(f"mixing='static' has neither queries nor keys; leave {name} at {value!r}")
 
     @property
-    def published(self) -> bool:
+    def fused(self) -> bool:
         """Whether the fused ops compute it."""
         return self == Weighing(self.dim, temperature=self.temperature)
 
