@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -107,3 +109,21 @@ def test_the_table_names_every_room_and_files_that_exist():
 def test_files_that_the_page_names_exist():
     for name in re.findall(r"`(\w+(?:/\w+)*(?:\.py|/))`", PAGE):
         assert (ROOT / name).exists() or (PACKAGE / name).exists() or list(PACKAGE.glob(f"*/{name}")), name
+
+
+WITH_TORCH_ALONE = """
+import sys
+import torch
+sys.modules["numpy"] = None  # as if it were not installed; where it is, torch loads it
+before = set(sys.modules)
+import attnres
+model = attnres.model.Decoder(attnres.model.DecoderConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1))
+model(torch.tensor([[1, 2]])).sum().backward()
+loaded = {name.partition(".")[0] for name in set(sys.modules) - before}
+print(*loaded - {"attnres", "torch"} - sys.stdlib_module_names)
+"""
+
+
+def test_the_library_needs_torch_alone():
+    end = subprocess.run([sys.executable, "-c", WITH_TORCH_ALONE], capture_output=True, text=True)
+    assert (end.returncode, end.stdout.split()) == (0, []), end.stderr
