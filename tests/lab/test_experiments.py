@@ -57,7 +57,7 @@ def test_dynamics_looks_inside_at_every_validation(server, small, tmp_path):
         )
         assert run["dynamics"]["output_magnitude"][-1] == pytest.approx(run["output_magnitude"])
     page = (tmp_path / "dynamics.html").read_text()
-    assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
+    assert "://" not in page.replace("http://www.w3.org/2000/svg", "")
     assert (tmp_path / "figures" / "dynamics_gradient_magnitude.svg").exists()
 
 

@@ -11,7 +11,6 @@ import math
 import os
 from collections.abc import Sequence
 from html import escape
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ... import __version__
+from ... import __version__, files
 from ...data.tokenizer import Tokenizer
 from ...errors import Failure, UsageError
 from ...model.decoder import Backbone
@@ -111,29 +110,23 @@ def write_inspection(values: dict[str, Any], out: Path) -> tuple[Path, Path]:
     """Writes the page and, beside it, the numbers; returns both paths. Raises Failure if one cannot be written."""
     data = out.with_suffix(".json")
     for path, content in ((data, json.dumps(values, allow_nan=False) + "\n"), (out, page(values))):
-        scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            scratch.write_text(content, encoding="utf-8", errors="replace")
-            os.replace(scratch, path)
+            files.write(path, content.encode(errors="replace").decode())
         except OSError as error:
-            scratch.unlink(missing_ok=True)
             raise Failure(f"cannot write {path}: {error.strerror or error}; choose another --out") from error
     return out, data
 
 
 def page(values: dict[str, Any]) -> str:
     """The HTML page that shows the result of `numbers`."""
-    shown = dict(values)
-    shown["weights"], shown["range"] = _packed(values["weights"])
-    embedded = json.dumps(shown, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    weights, span = _packed(values["weights"])
     body = (
         f'<main id="app" aria-label="{escape(values["model"])}"><noscript>This page needs JavaScript, its own: '
-        f'nothing is fetched.</noscript></main>\n<script type="application/json" id="data">{embedded}</script>'
+        "nothing is fetched.</noscript></main>"
     )
-    asset = resources.files(__package__)
-    css, script = ((asset / name).read_text(encoding="utf-8") for name in ("inspect.css", "inspect.js"))
-    return document(f"Where each layer listens: {values['model']}", body, css, script)
+    title = f"Where each layer listens: {values['model']}"
+    return document("inspect", title, body, data={**values, "weights": weights, "range": span})
 
 
 def _kinds(model: nn.Module, layers: int) -> list[str]:

@@ -11,9 +11,10 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ... import files
 from ...errors import Failure
 from .figures import attending, gradient_magnitude, loss_curves, output_magnitude, runs_of, weight_grid
-from .page import page
+from .page import document, variables
 from .pictures import heat_colours, heat_key, heat_tables, inline_svg, sketch
 from .style import Look, looks
 
@@ -63,6 +64,7 @@ def write_report(results: dict, out_dir: str | Path) -> Path:
     title = "Attention Residuals, compared"
     about = ["attnres compare", corpus.get("name"), str(results.get("date") or "")[:10]]
     body = [
+        "<main>",
         f'<header><p class="eyebrow">{" · ".join(escape(str(part)) for part in about if part)}</p>',
         f'<h1>{title}</h1><p class="lede">{_finding(results, named)}</p></header>',
         _mechanisms(named),
@@ -71,15 +73,24 @@ def write_report(results: dict, out_dir: str | Path) -> Path:
         *(_attention(results, named) if attending(results) else []),
         f"<section><h2>The run</h2>{_facts(results)}{_every_run(results, named)}</section>",
         '<footer class="note">Attention Residuals: Kimi Team, arXiv 2603.15031. '
-        f"Written by attnres {escape(str(results.get('version') or ''))}.</footer>",
+        f"Written by attnres {escape(str(results.get('version') or ''))}.</footer>\n</main>",
     ]
     path = Path(out_dir) / "report.html"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page(title, "\n".join(body), named, heat_colours()), encoding="utf-8")
+        files.write(path, document("report", title, "\n".join(body), colours=_colours(named)))
     except OSError as error:
         raise Failure(f"cannot write the report to {out_dir}: {error.strerror or error}") from error
     return path
+
+
+def _colours(named: dict[str, Look]) -> str:
+    """var(--m0), var(--m1), ... for the mechanisms in order, class h0, h1, ... for cells of the heat levels."""
+    light, dark = ({f"h{i}": colour for i, colour in enumerate(level)} for level in heat_colours())
+    cells = "".join(f".{name} {{ background-color: var(--{name}) }}\n" for name in light)
+    light |= {f"m{i}": look.colour for i, look in enumerate(named.values())}
+    dark |= {f"m{i}": look.dark for i, look in enumerate(named.values())}
+    return variables(light, dark) + cells
 
 
 def _number(value: Any, form: str = ".3f", unit: str = "") -> str:
