@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from attnres import hf
-from attnres.hf.convert import table as architectures
+from attnres.hf.convert import table
 from attnres.hf.convert.folder import convert_folder
 
 from .converted import build, tokens
@@ -23,7 +23,7 @@ def snippets(language):
 def test_the_page_runs(tmp_path, monkeypatch):
     pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(architectures, "ARCHITECTURES", dict(architectures.ARCHITECTURES))
+    monkeypatch.setattr(table, "ARCHITECTURES", dict(table.ARCHITECTURES))
     original = build("llama", torch.float32, num_hidden_layers=4)
     original.save_pretrained("base-model")
     names = {}
@@ -32,7 +32,7 @@ def test_the_page_runs(tmp_path, monkeypatch):
     assert hf.load("attnres-model").model.residual.num_blocks == 8
     trainable = {name.split(".")[-1] for name, p in names["model"].named_parameters() if p.requires_grad}
     assert "pseudo_query" in trainable
-    assert "helium" in architectures.ARCHITECTURES
+    assert "helium" in table.ARCHITECTURES
     with torch.no_grad():
         assert torch.allclose(names["model"](tokens()).logits, original(tokens()).logits, atol=1e-5)
 
@@ -48,7 +48,7 @@ def test_the_command_line(tmp_path, monkeypatch):
 
 
 def test_the_table_of_architectures_is_complete():
-    table = re.search(r"\| decoder layer.*?\n\n", PAGE, re.DOTALL)
-    assert table is not None
-    named = [name for row in table[0].splitlines()[2:] for name in re.findall(r"`(\w+)`", row.rpartition("|")[0])]
-    assert sorted(named) == sorted(architectures.ARCHITECTURES)
+    rows = re.search(r"\| decoder layer.*?\n\n", PAGE, re.DOTALL)
+    assert rows is not None
+    named = [name for row in rows[0].splitlines()[2:] for name in re.findall(r"`(\w+)`", row.rpartition("|")[0])]
+    assert sorted(named) == sorted(table.ARCHITECTURES)

@@ -21,7 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from attnres import hf
 from attnres.errors import UsageError
 from attnres.evaluate.tasks import open_model
-from attnres.hf.convert import table as architectures
+from attnres.hf.convert import table
 from attnres.hf.convert.folder import convert_folder
 from attnres.hf.convert.table import Architecture
 from attnres.model import Decoder, DecoderConfig
@@ -193,8 +193,8 @@ def test_entries_that_do_not_describe_the_layer(monkeypatch, name, changes, entr
     sizes = {**COMMON, "head_dim": 8, "bos_token_id": 1, "eos_token_id": 2, **changes}
     config = getattr(transformers, f"{name}Config")(**sizes)
     model = getattr(transformers, f"{name}ForCausalLM")(config)
-    monkeypatch.setattr(architectures, "ARCHITECTURES", dict(architectures.ARCHITECTURES))
-    architectures.register(Architecture(config.model_type, f"{name}DecoderLayer", **entry))
+    monkeypatch.setattr(table, "ARCHITECTURES", dict(table.ARCHITECTURES))
+    table.register(Architecture(config.model_type, f"{name}DecoderLayer", **entry))
     with pytest.raises(UsageError, match=reason) as caught:
         hf.convert(model)
     assert "\n" not in str(caught.value) and type(model).__name__ == f"{name}ForCausalLM"

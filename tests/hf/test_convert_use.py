@@ -21,7 +21,7 @@ from transformers import (
 from attnres import hf
 from attnres.errors import UsageError
 from attnres.hf.convert import classes as convert_classes
-from attnres.hf.convert import table as architectures
+from attnres.hf.convert import table
 from attnres.hf.convert.table import Architecture
 
 from .converted import PAD, SHAPE, build, move_queries, padded, randomise, tokens
@@ -390,10 +390,10 @@ def test_an_architecture_is_one_entry_more(monkeypatch, tmp_path):
     original = randomise(HeliumForCausalLM(config)).eval()
     with pytest.raises(UsageError, match="'helium' is not in the table"):
         hf.convert(original)
-    monkeypatch.setattr(architectures, "ARCHITECTURES", dict(architectures.ARCHITECTURES))
-    architectures.register(Architecture("helium", "HeliumDecoderLayer"))
+    monkeypatch.setattr(table, "ARCHITECTURES", dict(table.ARCHITECTURES))
+    table.register(Architecture("helium", "HeliumDecoderLayer"))
     with pytest.raises(ValueError, match="already registered"):
-        architectures.register(Architecture("helium", "HeliumDecoderLayer"))
+        table.register(Architecture("helium", "HeliumDecoderLayer"))
     with torch.no_grad():
         expected = original(tokens()).logits
         model = hf.convert(original)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import UsageError, first_line
 from ..json_text import parse
 from .pieces import kind, lines, opened
 
@@ -160,8 +160,3 @@ def _parquet(path: Path, column: str) -> Iterator[Placed]:
         raise UsageError(f"{place} holds text that is not UTF-8; convert it, or write that column anew") from error
     except (pyarrow.ArrowException, OSError) as error:
         raise UsageError(f"--data file {path} is no readable Parquet, give another: {first_line(error)}") from error
-
-
-def first_line(error: Exception) -> str:
-    """What a library's error says, without its long story."""
-    return str(error).strip().partition("\n")[0]

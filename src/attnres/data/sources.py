@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import UsageError, first_line
 from ..files import user_path
 from ..text_file import why_no_text
 from . import records
@@ -206,7 +206,7 @@ def _dataset_source(name: str, load: Callable[[Any], Any], column: str) -> Sourc
         dataset = load(datasets)
     except Exception as error:  # no network, no such name, gated, no config chosen: each has its own class there
         raise UsageError(
-            f"--data {name} is no file or folder of text, and datasets cannot load it: {records.first_line(error)}"
+            f"--data {name} is no file or folder of text, and datasets cannot load it: {first_line(error)}"
         ) from error
     if isinstance(dataset, dict):
         if "train" not in dataset:

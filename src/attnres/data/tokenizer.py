@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from .. import json_text
-from ..errors import UsageError
+from ..errors import UsageError, first_line
 from ..files import user_path
 from .cache import cached, write_text, write_whole, writing
 from .pieces import cut, cut_words
@@ -291,7 +291,7 @@ def _from_hub(name: str) -> Tokenizer:
     except Exception as error:  # no network, no such name, gated, malformed: each has its own class there
         raise UsageError(
             f"tokenizer {name!r} is neither bytes, train:VOCAB nor a tokenizer.json, and the Hugging Face Hub did not "
-            f"give it: {str(error).strip().partition(chr(10))[0]}"
+            f"give it: {first_line(error)}"
         ) from error
     return load_tokenizer_from(folder)
 

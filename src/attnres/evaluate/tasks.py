@@ -14,9 +14,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .. import __version__
-from ..errors import Failure, UsageError
+from ..errors import Failure, UsageError, first_line
 from ..hf.configuration import AttnResConfig
-from ..hf.convert.door import first_line, load, load_weights
+from ..hf.convert.door import load, load_weights
 from ..hf.convert.table import TYPE_PREFIX, check_config
 from ..hf.modeling import AttnResForCausalLM
 from ..run.export import is_run, root_of
@@ -116,7 +116,7 @@ def open_model(name: str | Path, *, device: str | None = None, dtype: str = "aut
     try:
         return model.to(device).eval(), tokenizer
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"device {device!r} cannot be used: {first_line(error)}") from error
 
 
 def run_tasks(
@@ -153,8 +153,7 @@ def run_tasks(
             log_samples=False,
         )
     except OSError as error:  # no network, no such data set, no such file
-        reason = str(error).strip().splitlines()[0]
-        raise Failure(f"the data of {', '.join(known)} cannot be loaded: {reason}") from error
+        raise Failure(f"the data of {', '.join(known)} cannot be loaded: {first_line(error)}") from error
     return {key: result[key] for key in TASK_KEYS if key in result}
 
 

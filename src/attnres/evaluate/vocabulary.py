@@ -8,8 +8,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from ..errors import UsageError
-from ..hf.convert.door import first_line
+from ..errors import UsageError, first_line
 
 
 def open_tokenizer(name: str | Path) -> Any:

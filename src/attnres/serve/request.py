@@ -11,8 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from .. import json_text
-from ..errors import UsageError
-from ..hf.convert.door import first_line
+from ..errors import UsageError, first_line
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 MOST_CHOICES, MOST_STOPS, MOST_LOGPROBS = 128, 64, 20

@@ -35,11 +35,11 @@ from ...residual import Residual
 from ..residual_place import check_verbs
 from ..self_speculation import DraftsItself
 from ..tensor_parallel import SharesTokens
-from . import table as architectures
+from . import table
 from .checkpointing import non_reentrant
 from .packing import with_ends
 from .surgery import DepthStream, attach, check_whole, once_a_class
-from .table import TYPE_PREFIX
+from .table import TYPE_PREFIX, Architecture
 
 CLASS_PREFIX = "AttnRes"
 EXACT = ("block_attnres", "full_attnres")
@@ -72,7 +72,7 @@ def is_converted(model: Any) -> bool:
     return model.config.model_type.startswith(TYPE_PREFIX)
 
 
-def build_residual(base: Any, entry: architectures.Architecture, name: str, options: dict[str, Any]) -> Residual:
+def build_residual(base: Any, entry: Architecture, name: str, options: dict[str, Any]) -> Residual:
     """The residual connection for a base model: two layers, attention and MLP, for each of its decoder layers.
 
     Reads have the scale of the plain sum, which makes the conversion exact also for layers that do not normalise what
@@ -185,8 +185,8 @@ def converted_model_class(original: Any) -> Any:
     return converted
 
 
-def _entry_of(base: Any) -> architectures.Architecture:
-    return architectures.ARCHITECTURES[base.config.model_type.removeprefix(TYPE_PREFIX)]
+def _entry_of(base: Any) -> Architecture:
+    return table.ARCHITECTURES[base.config.model_type.removeprefix(TYPE_PREFIX)]
 
 
 def add_to_transformers(model_class: type) -> None:
@@ -200,7 +200,7 @@ def upgrade(model: Any) -> None:
     base = model.base_model
     if not isinstance(getattr(base, "residual", None), Residual):
         config = base.config
-        entry = architectures.find(base)
+        entry = table.find(base)
         attach(base, build_residual(base, entry, config.residual, config.residual_options), entry)
         base.__class__ = converted_model_class(type(base))
     model.__class__ = converted_model_class(type(model))
@@ -208,7 +208,7 @@ def upgrade(model: Any) -> None:
 
 def register_architectures() -> None:
     """Makes AutoConfig, and through it the AutoModel classes, know the converted form of every entry of the table."""
-    for model_type in architectures.ARCHITECTURES:
+    for model_type in table.ARCHITECTURES:
         if model_type in CONFIG_MAPPING:
             converted_config_class(CONFIG_MAPPING[model_type])
 

@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from ...errors import Failure, UsageError
-from . import table as architectures
+from ...errors import Failure, UsageError, first_line
+from . import table
 from .checkpointing import check_checkpointing
 from .classes import (
     build_residual,
@@ -59,7 +59,7 @@ def convert(
     """
     _check_model(model)
     base = model.base_model
-    entry = architectures.find(base)
+    entry = table.find(base)
     check_checkpointing(getattr(base, entry.layers))
     places = places_in_outer_configs(model)
     sizes = {"num_blocks": num_blocks, "block_size": block_size}
@@ -122,12 +122,8 @@ def read_config(folder: str | Path) -> Any:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{folder} has no config that can be read: {first_line(error)}") from error
-    architectures.check_config(config)
+    table.check_config(config)
     return config
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
 
 
 def _class_in(folder: str | Path) -> Any:
