@@ -55,7 +55,7 @@ class Batches(Dataset):
 
     def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         window = self.context + 1
-        # The number of windows must not depend on where they begin, for then a step's epoch is plain arithmetic.
+        # Every epoch has as many windows, wherever they begin, so that a row's epoch is plain arithmetic.
         windows = max(1, (len(self.tokens) - self.context) // window)
         left_over = len(self.tokens) - windows * window
         first_row = (step * self.world_size + self.rank) * self.batch_size

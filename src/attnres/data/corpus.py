@@ -89,7 +89,7 @@ def load_corpus(
     encoder = load_tokenizer(tokenizer, training_text, cache_dir)
     identity: list[Any] = [CACHE_FORMAT, source.fingerprint, encoder.fingerprint, validation_fraction]
     if encoder.marks_starts:
-        identity.append("marks one start a document")  # older caches may hold one in every mebibyte
+        identity.append("marks one start a document")  # older caches may hold such marks inside long documents
     key = hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()
     train, validation = cached(
         cache_dir / "tokens" / f"{key}.tokens",

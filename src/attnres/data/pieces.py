@@ -21,7 +21,7 @@ COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 WORD = 1024
 _KINDS = (r"[^\W\d_]", r"\d", r"[^\w\s]", "_", r"\s")
 _LONG = re.compile("|".join(f"(?<!{kind}){kind}{{{WORD},}}" for kind in _KINDS))
-_MAYBE_LONG = re.compile(rb"(?<!\S)\S{%d}|(?<!\s)\s{%d}" % (WORD, WORD))  # the same in bytes, and four times as fast
+_MAYBE_LONG = re.compile(rb"(?<!\S)\S{%d}|(?<!\s)\s{%d}" % (WORD, WORD))  # a faster look: without it there is no _LONG
 DAMAGED = (EOFError, zlib.error, lzma.LZMAError)
 
 
@@ -93,7 +93,7 @@ def _border(text: bytes, begin: int, limit: int) -> int:
     if line > begin:
         return line
     space = text.rfind(b" ", begin + 1, limit)
-    while space > begin + 1 and text[space - 1 : space] == b" ":  # spaces are one token together
+    while space > begin + 1 and text[space - 1 : space] == b" ":  # a run of spaces may be one token
         space -= 1
     if space > begin + 1:
         return space

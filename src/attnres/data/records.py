@@ -20,7 +20,7 @@ TURNS = ({"role", "content"}, {"from", "value"})
 """The fields of a message in a conversation, as chat data sets name them."""
 CHAT = "make one text of each conversation first, such as with a tokenizer's apply_chat_template"
 
-# What to call a value in a complaint, and the value.
+# (what messages call the place of a value, the value)
 Placed = tuple[str, Any]
 
 
@@ -55,7 +55,7 @@ def values(path: Path, column: str) -> Iterator[Placed]:
 
 def of_dataset(dataset: Any, name: str, column: str) -> Iterator[Placed]:
     """The same of a dataset of the library datasets."""
-    top = column if column in dataset.column_names else column.partition(".")[0]
+    top = top_column(dataset.column_names, f"--data {name}", column)
     place = f"column {column!r} of {name}"
     try:
         for batch in dataset.select_columns([top]).iter(batch_size=1024):
@@ -65,25 +65,27 @@ def of_dataset(dataset: Any, name: str, column: str) -> Iterator[Placed]:
         raise UsageError(f"{place} holds text that is not UTF-8; convert it first") from error
 
 
-def require_column(top: str, found: Iterable[str], place: str, column: str) -> None:
-    """Raises UsageError unless `top`, where `column` begins, is among the columns `found`."""
-    if top not in (names := list(found)):
+def top_column(found: Iterable[str], place: str, column: str) -> str:
+    """The one of the columns `found` that is `column`, or that holds objects with it. Raises UsageError for none."""
+    names = list(found)
+    top = column if column in names else column.partition(".")[0]
+    if top not in names:
         if chat := [name for name in ("messages", "conversations", "conversation") if name in names]:
             raise UsageError(f"{place} has no column {column!r} but {chat[0]!r}, a conversation: {CHAT}")
         raise UsageError(f"{place} has no column {column!r}, only {sorted(names)}; name one with text_column")
+    return top
 
 
 def _field(record: dict[str, Any], column: str, place: str) -> Any:
-    if column in record:
-        return record[column]
-    top, _, rest = column.partition(".")
-    require_column(top, record, place, column)
+    top = top_column(record, place, column)
     inner = record[top]
+    if top == column:
+        return inner
     if not isinstance(inner, dict):
         if inner is None:
             return None
         raise UsageError(f"{place} has no fields in {top!r} that {column!r} could name; name a column with text_column")
-    return _field(inner, rest, f"{top!r} in {place}")
+    return _field(inner, column.removeprefix(f"{top}."), f"{top!r} in {place}")
 
 
 def _described(value: Any) -> str:
@@ -127,7 +129,7 @@ def _json(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _table(path: Path) -> Iterator[tuple[str, Any]]:
-    csv.field_size_limit(sys.maxsize)  # a document is as long as it is
+    csv.field_size_limit(sys.maxsize)  # by default fields of more than 128 KiB are refused
     with opened(path) as file:
         rows = csv.DictReader(
             io.TextIOWrapper(file, encoding="utf-8", newline=""), delimiter=TABLE_SUFFIXES[kind(path)]
@@ -151,8 +153,7 @@ def _parquet(path: Path, column: str) -> Iterator[Placed]:
     place = f"column {column!r} of {path}"
     try:
         with parquet.ParquetFile(path) as file:
-            top = column if column in file.schema_arrow.names else column.partition(".")[0]
-            require_column(top, file.schema_arrow.names, str(path), column)
+            top = top_column(file.schema_arrow.names, str(path), column)
             for batch in file.iter_batches(batch_size=1024, columns=[top]):
                 for value in batch.column(top).to_pylist():
                     yield place, _field({top: value}, column, str(path))

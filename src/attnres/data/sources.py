@@ -26,22 +26,22 @@ from .pieces import COMPRESSIONS, cut, kind, pieces
 
 LOGGER = logging.getLogger(__name__)
 RECORD_SUFFIXES = (*records.LINE_SUFFIXES, records.PARQUET)
-# What holds records in a folder of its own, and beside text is as likely a program's settings or a table.
+# Records too, but beside texts such files are as likely settings or tables: they count where a folder has no others.
 MAYBE_RECORD_SUFFIXES = (".json", *records.TABLE_SUFFIXES)
 TEXT_SUFFIXES = (
     *(".txt", ".text", ".md", ".rst", ".tex", ".html", ".htm", ".xml", ".py", ".pyi", ".c", ".h", ".cc", ".cpp"),
     *(".hpp", ".cu", ".cuh", ".rs", ".go", ".java", ".kt", ".scala", ".js", ".ts", ".sh", ".sql", ".r", ".jl", ".lua"),
     *(".rb", ".php", ".swift", ".hs", ".ml"),
 )
-# What a folder of records says about itself.
+# Names of files that describe a corpus and are no part of it.
 CARDS = re.compile(
     r"(readme|licen[cs]e|copying|notice|citation|changelog|changes|dataset_infos?|config)\b", re.IGNORECASE
 )
 # Many distributions install the library without its tests, and site-packages is not the library.
 NOT_THE_LIBRARY = ("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__")
 
-# The key that decides a document's side of the split, and its UTF-8 text in pieces that are not empty and cut no
-# character.
+# (key, text): the key decides on which side of the split the document is; the text is UTF-8, in pieces that are not
+# empty and end behind whole characters.
 Document = tuple[bytes, Iterable[bytes]]
 
 
@@ -93,7 +93,7 @@ def open_source(data: str, text_column: str) -> Source:
 
 def _is_known(path: Path) -> bool:
     suffix = kind(path)
-    if suffix == records.PARQUET:  # compressed inside
+    if suffix == records.PARQUET:  # which compresses its own columns
         return path.suffix.lower() == suffix
     return suffix in (*RECORD_SUFFIXES, *MAYBE_RECORD_SUFFIXES, *TEXT_SUFFIXES)
 
@@ -112,7 +112,7 @@ def _walk(root: Path, excluded: tuple[str, ...] = ()) -> list[Path]:
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=refuse):
         inside = sorted(name for name in subfolders if name not in excluded and not name.startswith("."))
         new: list[str] = []
-        for name in sorted(inside, key=lambda name: os.path.islink(Path(folder, name))):  # the folder before its links
+        for name in sorted(inside, key=lambda name: os.path.islink(Path(folder, name))):  # links after folders
             if (identity := _identity(Path(folder, name))) not in seen:
                 seen.add(identity)
                 new.append(name)
@@ -214,8 +214,7 @@ def _dataset_source(name: str, load: Callable[[Any], Any], column: str) -> Sourc
                 f"--data {name} has no split 'train', only {sorted(dataset)}; give the folder of one split"
             )
         dataset = dataset["train"]
-    top = column if column in dataset.column_names else column.partition(".")[0]
-    records.require_column(top, dataset.column_names, f"--data {name}", column)
+    records.top_column(dataset.column_names, f"--data {name}", column)
     return Source(
         Path(name).name,
         f"{dataset._fingerprint} {column}",

@@ -212,9 +212,9 @@ class LibraryTokenizer(Tokenizer):
             left = [i for i in range(len(texts)) if i not in found]
             try:
                 known, *encoded = self._ids([before, *(before + texts[i] for i in left)])
-            except UsageError:  # it is `before` that the vocabulary cannot spell, or else no other will do either
+            except UsageError:  # it cannot spell `before`, or the texts, which the last call below tells
                 continue
-            if self.decode(known).endswith(before):  # an unknown symbol would take in what follows
+            if self.decode(known).endswith(before):  # else it became an unknown symbol, which may swallow what follows
                 cut = len(known)
                 found |= {
                     i: ids[cut:] for i, ids in zip(left, encoded, strict=True) if np.array_equal(ids[:cut], known)

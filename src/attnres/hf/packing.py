@@ -51,8 +51,8 @@ def find_packing(
         has_own_masks = True
     if (position_ids is None and borders is None) or (has_own_masks and not linear):
         return None
-    if tokens == 1 and (with_cache or not linear):  # the steps of decoding need not wait for the device
-        return None
+    if tokens == 1 and (with_cache or not linear):
+        return None  # one token starts no second sequence, and looking would make a decoding step wait for the device
     present = None
     if isinstance(padding, Tensor) and padding.dim() == 2:
         present = padding[:, -tokens:].bool()
@@ -62,7 +62,8 @@ def find_packing(
     else:
         starts = _restarts(position_ids.expand(rows, -1), present)
     if torch.compiler.is_compiling() and not linear and borders is None:
-        # no branch on data: without cache and padding every mask is made as if there were borders, as transformers does
+        # compiled code cannot branch on positions: without cache and padding, masks are made as for packed rows, as
+        # transformers makes them
         if not with_cache and present is None:
             return Packing(_positions(starts), None)
         torch._assert_async(~starts.any(), "position_ids start anew: compile with use_cache=False, no attention_mask")

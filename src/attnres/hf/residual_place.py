@@ -29,7 +29,7 @@ def rows_on(residual: Residual, device: torch.device) -> Residual:
 
 
 def _on(module: Any, device: torch.device) -> Any:
-    # accelerate brings offloaded weights back for a module's forward alone
+    # accelerate loads offloaded weights for a module's forward alone, so they are taken from where it keeps them
     stored = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
     moved = copy.copy(module)
     moved._parameters = {

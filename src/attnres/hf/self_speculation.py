@@ -9,7 +9,7 @@ class DraftsItself:
     base_model: Any
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        # a draft that fails leaves its own depth in the config, and all that the model computed later would be wrong
+        # for a draft transformers lowers num_hidden_layers; a draft that fails would leave it low, for all later calls
         config = self.base_model.config
         depth = config.num_hidden_layers
         try:

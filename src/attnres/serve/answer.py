@@ -35,7 +35,7 @@ class Text:
         self.length = 0
         self.stopped = False
         self._held = ""
-        self._begin = self._read = 0  # a token may look different behind others: decoding begins one piece earlier
+        self._begin = self._read = 0  # a token's text depends on those before it, so decoding begins a piece earlier
 
     def push(self, token: int) -> str:
         """The text that can be sent now that `token` has come."""

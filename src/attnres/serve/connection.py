@@ -10,11 +10,11 @@ _births = itertools.count()
 
 
 class Connection(H11Protocol):
-    """Closes, when it comes and there are too many, a connection that the server waits for: the oldest of those whose
-    request is not whole, else of those that have had their answer.
+    """Where there are too many connections, a new one closes one that waits for its client: the oldest whose request
+    has not come whole, else the oldest that has had its answer.
 
-    uvicorn gives a client any time to send its request and counts idle connections like busy ones, and closed ones for
-    a while; so it does not count here.
+    uvicorn lets a client take any time over its request, and its own limit counts idle connections, and closed ones for
+    a while; so the limit is kept here and uvicorn has none.
     """
 
     dropped = False

@@ -18,7 +18,7 @@ from ..errors import UsageError
 from .request import Sampling
 
 ANY = 0.5
-"""Stands for the value of a setting that each request of a batch brings; transformers drops settings of value 1."""
+"""A placeholder: each request of a batch brings its own value, and transformers prepares for that unless it reads 1."""
 
 
 class Stopped(RuntimeError):
@@ -64,7 +64,7 @@ class OneByOne(Engine):
         loop, queue, gone = asyncio.get_running_loop(), asyncio.Queue[Any](), threading.Event()
 
         def send(item: Any) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed
+            with contextlib.suppress(RuntimeError):  # where the server has closed its loop
                 loop.call_soon_threadsafe(queue.put_nowait, item)
 
         def work() -> None:
@@ -118,7 +118,7 @@ class Batched(Engine):
     def __init__(self, model: Any, config: ContinuousBatchingConfig) -> None:
         super().__init__(model)
         config.per_request_processors = True
-        # Some versions give the model paged attention for good; what scores is another module with the same weights.
+        # Continuous batching leaves paged attention in the model, so another module with its weights scores.
         self.scorer = copy.deepcopy(model, {id(weight): weight for weight in (*model.parameters(), *model.buffers())})
         try:
             self.manager = model.init_continuous_batching(_settings(model, Sampling(ANY, ANY, None)), config)

@@ -1,6 +1,6 @@
 """What a client asks for: the body of a request to the OpenAI protocol, checked, as a value.
 
-A field that says what happens anyway is taken; one that would be ignored is refused, so that no answer is silently not
+A field that asks for what happens anyway is accepted. One that would have to be ignored is refused: every answer is
 what was asked for.
 """
 

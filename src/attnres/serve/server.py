@@ -57,7 +57,8 @@ def serve(
     loaded, tokenizer = open_model(model, device=None if device == "auto" else device, dtype=dtype)
     context = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
     cache = _cache(cache_tokens, context, loaded.device.type == "cpu")
-    if continuous_batching and cache.num_blocks is not None:  # one request that finds no room in it ends them all
+    if continuous_batching and cache.num_blocks is not None:
+        # transformers stops altogether, for all requests, at one that is longer than its cache
         context = min(context or sys.maxsize, cache.num_blocks * PAGE)
     name = re.sub(r"[^\w.-]", "-", Path(model).resolve().name)
     vocabulary = loaded.get_input_embeddings().weight.shape[0]

@@ -200,7 +200,7 @@ def depth_attention(results: dict, residual: str) -> Figure:
         figure, panels = _new(2.5, ncols=2)
         rows = (layers + 1) // 2
         style: dict[str, Any] = {"cmap": HEAT_MAP, "norm": PowerNorm(0.5, 0, 1)}
-        # gaps help the eye while cells are larger than they are; beyond that, pixels look alike and weigh less
+        # large cells have gaps between them; many small ones are an image, which looks the same in a smaller file
         style |= {"edgecolors": PAPER, "linewidth": min(0.4, 6 / sources)} if sources <= 32 else {"rasterized": True}
         for axes, first, title in zip(panels, (0, 1), ("before attention", "before MLP"), strict=True):
             reads = list(range(first, layers, 2))

@@ -45,7 +45,8 @@ CLASS_PREFIX = "AttnRes"
 EXACT = ("block_attnres", "full_attnres")
 """Mechanisms that are the plain residual sum at their initial parameters."""
 
-# importing processing_utils puts a new module in the place of transformers; who has the old one keeps it
+# importing processing_utils puts a new module `transformers` into sys.modules; code that imported it before keeps the
+# old one, so both get the classes
 _MODULES = (transformers, sys.modules["transformers"])
 
 _AUTO_CLASSES = (
@@ -88,7 +89,7 @@ def build_residual(base: Any, entry: Architecture, name: str, options: dict[str,
     options = {**options, "stream_scale": True}
     layers = getattr(base, entry.layers)
     if any(entry.is_parallel(layer) for layer in layers):
-        # parallel branches read twice before they write; the two-phase schedule takes reads and writes in turn
+        # parallel branches read twice before they write, and the two-phase schedule needs a write after each read
         if options.get("schedule") == "two_phase":
             raise UsageError("schedule must not be 'two_phase' for a model whose attention and MLP run in parallel")
         if options.get("schedule") in (None, "auto"):
@@ -112,7 +113,7 @@ def converted_config_class(original: Any) -> Any:
         "__post_init__": __post_init__,
         "model_type": TYPE_PREFIX + original.model_type,
         "original": original,
-        # engines that split a model into stages hand on hidden states, where here the whole state must go along
+        # engines that split a model into stages hand on hidden states; here the next stage needs the whole state
         "base_model_pp_plan": None,
         "residual": "block_attnres",
         "residual_options": None,
@@ -180,7 +181,7 @@ def converted_model_class(original: Any) -> Any:
     converted = type(CLASS_PREFIX + original.__name__, (*generates, SharesTokens, original), body)
     globals()[converted.__name__] = converted
     add_to_transformers(converted)
-    # transformers enters a class when it is instantiated; a model converted in place never is
+    # transformers does this when it makes an instance, and a model converted in place was made as the original class
     dict.__setitem__(output_capturing._CAN_RECORD_REGISTRY, str(converted), original._can_record_outputs)
     return converted
 
@@ -236,14 +237,14 @@ def original_class(name: str, config_class: Any) -> type[PreTrainedModel] | None
 
 
 def _share_checkpoint_layout(original: str, converted: str) -> None:
-    # transformers stores some models (mixtures of experts) under other names than it computes with
+    # some models (mixtures of experts) are stored under other names than they compute with: rename the same way
     mapping = conversion_mapping.get_checkpoint_conversion_mapping(original)
     if mapping is not None:
         conversion_mapping.register_checkpoint_conversion_mapping(converted, mapping, overwrite=True)
 
 
 def _share_tokenizer(original: str, converted: str) -> None:
-    # for some model types transformers does not believe the tokenizer class that a folder names
+    # for some model types transformers ignores the tokenizer class that a folder names: ignore it here too
     names = tokenization_auto.TOKENIZER_MAPPING_NAMES
     if original in names:
         names[converted] = names[original]

@@ -49,7 +49,7 @@ def check_sum(layer: nn.Module, entry: Architecture, place: str) -> None:
     for attention_form, mlp_form in product(FORMS, FORMS[:2]):
         try:
             found = _computed(layer, _stand_ins(layer, entry, attention_form, mlp_form), stream)
-        except Exception as error:  # the layer is a program of others, and this form may not be what it expects
+        except Exception as error:  # code of others, which may expect another form
             reasons.append(f"{type(error).__name__}: {error}")
             continue
         if found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-6, atol=1e-6):

@@ -44,7 +44,7 @@ def with_ends(config: Any, arguments: dict[str, Any]) -> dict[str, Any]:
         return arguments
     apart = {"use_cache": False, ENDS: packing.cu_seqlens}
     if is_padding:
-        apart["attention_mask"] = None  # nothing is padding, and with a mask transformers does not look at positions
+        apart["attention_mask"] = None  # nothing is padding; transformers heeds positions only without a mask
     if positions is None or borders is not None:
         apart["position_ids"] = packing.positions
     return arguments | apart

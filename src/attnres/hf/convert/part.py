@@ -35,9 +35,9 @@ def places_in_outer_configs(model: Any) -> list[Place]:
 
 
 def _models_around(model: Any) -> list[Any]:
-    # modules do not know what they are part of
+    # a module has no link to what it is part of, so all live models are searched
     if _holders(model):
-        gc.collect()  # an outer model that nobody has any more holds nothing
+        gc.collect()  # perhaps nothing refers to the outer model any more
     return _holders(model)
 
 
