@@ -16,7 +16,7 @@ from attnres.run.config import TrainConfig
 from attnres.run.export import is_run
 from attnres.train.journal import Journal
 
-from .train.saved import assert_number, save_number
+from .run.saved import assert_number, save_number
 
 
 def refusing(monkeypatch, code, kind):

@@ -11,7 +11,7 @@ from attnres.run.checkpoint import load, rng_state, save, set_rng_state
 from attnres.train.optim import OptimConfig, build_optimizer
 
 from ..device import needs_gpu
-from .saved import assert_same
+from ..run.saved import assert_same
 
 
 class Tiny(nn.Module):

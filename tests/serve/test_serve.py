@@ -98,8 +98,8 @@ def servers(finished_run, tmp_path_factory):
 
     import attnres.hf
 
-    from .hf.converted import build, move_queries
-    from .hf.letters import letter_tokenizer
+    from ..hf.converted import build, move_queries
+    from ..hf.letters import letter_tokenizer
 
     place = tmp_path_factory.mktemp("served")
     converted = attnres.hf.convert(build("llama", torch.float32, max_position_embeddings=CONTEXT), num_blocks=3)

@@ -18,8 +18,8 @@ from attnres.serve.app import App, Hosts
 from attnres.serve.engine import Batched, OneByOne
 from attnres.serve.request import CHAT, COMPLETIONS, Reader, Sampling
 
-from .converted import VOCAB, build, move_queries
-from .letters import letter_tokenizer
+from ..hf.converted import VOCAB, build, move_queries
+from ..hf.letters import letter_tokenizer
 
 CONTEXT, LIMIT = 64, 50
 GREEDY = Sampling(0.0, 1.0, None)
