@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .style import HEAT_MAP, apply_style, looks, plain_log_ticks
+from .style import HEAT_MAP, apply_style, colour_bar, looks, plain_log_ticks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,8 +48,5 @@ def dynamics_figure(results: dict[str, Any], profile: str) -> Figure:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=3))
         figure.supxlabel("Step", fontsize=8)
         figure.supylabel("Transformer block", fontsize=8)
-        bar = figure.colorbar(mesh, ax=panels, aspect=24, pad=0.02)
-        plain_log_ticks(bar.ax.yaxis)
-        bar.set_label(LABELS[profile])
-        bar.outline.set_visible(False)
+        plain_log_ticks(colour_bar(figure, mesh, panels, LABELS[profile]).ax.yaxis)
     return figure

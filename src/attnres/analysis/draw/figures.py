@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...errors import Failure, UsageError
-from .style import HEAT_MAP, HEAT_TICKS, PAPER, SOFT, WIDTH, Look, apply_style, looks, plain_log_ticks
+from .style import HEAT_MAP, HEAT_TICKS, PAPER, SOFT, WIDTH, Look, apply_style, bare, colour_bar, looks, plain_log_ticks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -217,16 +217,12 @@ def depth_attention(results: dict, residual: str) -> Figure:
             step = 2 if sources <= 12 else 4 * -(-sources // 32)
             axes.set_xticks(np.arange(0, sources, step) + 0.5, ["emb", *map(str, range(step, sources, step))])
             axes.set_title(title)
-            axes.grid(False)
-            axes.tick_params(length=0)
-            axes.spines[:].set_visible(False)
+            bare(axes)
         panels[0].set_ylabel("Reading layer")
         kind = "layer" if sources == layers + 1 else "block (dot: sum still growing)"
         figure.supxlabel(f"Source: embedding, {kind}", fontsize=8)
-        bar = figure.colorbar(mesh, ax=panels, ticks=HEAT_TICKS, aspect=24, pad=0.02)
+        bar = colour_bar(figure, mesh, panels, "Mean weight", ticks=HEAT_TICKS)
         bar.ax.set_yticklabels([f"{tick:g}" for tick in HEAT_TICKS])
-        bar.set_label("Mean weight")
-        bar.outline.set_visible(False)
     return figure
 
 

@@ -9,7 +9,7 @@ import torch
 
 from ...errors import UsageError
 from ..measure.mixing import semiseparable_rank
-from .style import HEAT_MAP, WIDTH, apply_style
+from .style import HEAT_MAP, WIDTH, apply_style, bare, colour_bar
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,13 +45,9 @@ def mixing_figure(matrix: torch.Tensor, title: str = "") -> Figure:
         places = np.arange(0, size - 1, step)
         axes.set_xticks(places + 0.5, ["emb", *map(str, places[1:])])
         axes.set_yticks([*(places + 0.5), size - 0.5], [*map(str, places + 1), "output"])
-        axes.grid(False)
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
+        bare(axes)
         axes.set_ylabel("Reading layer")
         axes.set_xlabel("Embedding, output of layer")
         axes.set_title("\n".join([*filter(None, [title]), f"semiseparable rank {rank} of at most {(size + 1) // 2}"]))
-        bar = figure.colorbar(mesh, ax=axes, aspect=24, pad=0.02)
-        bar.set_label("Mean weight")
-        bar.outline.set_visible(False)
+        colour_bar(figure, mesh, axes, "Mean weight")
     return figure

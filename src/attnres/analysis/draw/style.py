@@ -119,6 +119,21 @@ def plain_log_ticks(axis: Any) -> None:
     axis.set_minor_formatter(Plain())
 
 
+def bare(axes: Any) -> None:
+    """Leaves of a heat map's frame its labels alone: no grid, no ticks, no lines around it."""
+    axes.grid(False)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
+def colour_bar(figure: Any, mesh: Any, axes: Any, label: str, **options: Any) -> Any:
+    """The colour scale of a heat map beside its axes; options are matplotlib's."""
+    bar = figure.colorbar(mesh, ax=axes, aspect=24, pad=0.02, **options)
+    bar.set_label(label)
+    bar.outline.set_visible(False)
+    return bar
+
+
 def looks(results: dict) -> dict[str, Look]:
     """The look of each mechanism in `results`, in the order of their first runs.
 

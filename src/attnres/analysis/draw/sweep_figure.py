@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .style import INK, PAPER, apply_style, looks
+from .style import INK, PAPER, apply_style, bare, colour_bar, looks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,14 +43,10 @@ def sweep_figure(results: dict[str, Any]) -> Figure:
                           markeredgewidth=width)  # fmt: skip
             axes.plot(x + 0.5, y + 0.5, "*", color="#d55e00", markeredgecolor=PAPER, markersize=8, markeredgewidth=0.5)
             axes.set_title(look.label)
-            axes.grid(False)
             axes.set_xticks(np.arange(len(widths)) + 0.5, [f"{width:g}" for width in widths])
             axes.set_yticks(np.arange(len(heads)) + 0.5, [f"{ratio:g}" for ratio in heads])
-            axes.tick_params(length=0)
-            axes.spines[:].set_visible(False)
+            bare(axes)
         panels[0].set_ylabel("heads / L$_b$")
         figure.supxlabel("d$_{model}$ / L$_b$", fontsize=8)
-        bar = figure.colorbar(mesh, ax=panels, aspect=24, pad=0.02)
-        bar.set_label("Validation loss\n(nats per token)")
-        bar.outline.set_visible(False)
+        colour_bar(figure, mesh, panels, "Validation loss\n(nats per token)")
     return figure
