@@ -131,7 +131,7 @@ def plain(help_text):
                 "--model.head-dim",
             ],
         ),
-        ("compare", ["--residuals STR", "(default: prenorm,", "--seeds", "--residual.eps"]),
+        ("compare", ["--residuals [STR ...]", "(default: prenorm,", "--seeds", "--residual.eps"]),
         ("generate", ["--temperature FLOAT", "(default: 0.8)", "--top-k"]),
     ],
 )
@@ -153,15 +153,15 @@ import contextlib, io, sys
 def loaded(*names):
     return [name for name in names if name in sys.modules]
 import attnres
-assert not loaded("attnres.train", "attnres.analysis", "attnres.lab", "transformers", "triton", "matplotlib", "tyro")
+assert not loaded("attnres.train", "attnres.analysis", "attnres.lab", "transformers", "triton", "matplotlib", "yaml")
 from attnres.cli import main
 with contextlib.redirect_stdout(io.StringIO()) as shown:
     assert main(["--help"]) == main(["--version"]) == 0
 assert "compare" in shown.getvalue() and attnres.__version__ in shown.getvalue()
-assert not loaded("attnres.train", "tyro")
-sys.modules["tyro"] = None  # as if it were not installed
+assert not loaded("attnres.train", "yaml")
+sys.modules["yaml"] = None  # as if it were not installed
 assert main(["train"]) == 1
-del sys.modules["tyro"]
+del sys.modules["yaml"]
 with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
     main(["train", "--help"])
 assert not loaded("transformers", "datasets", "matplotlib", "tensorboard", "tokenizers", "torch._dynamo", "triton")
@@ -172,7 +172,7 @@ def test_starting_imports_little_and_names_a_missing_extra():
     end = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True)
     assert end.returncode == 0, end.stderr
     assert end.stderr == (
-        "attnres train: needs the package tyro, which is not installed; run pip install 'attnres[train]'\n"
+        "attnres train: needs the package yaml, which is not installed; run pip install 'attnres[train]'\n"
     )
 
 

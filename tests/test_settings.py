@@ -1,7 +1,6 @@
 """Where settings come from: flags, a YAML file, a preset, the run that is resumed."""
 
 import pytest
-import tyro
 
 from attnres.run.folder import read_config
 
@@ -102,5 +101,5 @@ def test_so_may_those_of_other_commands(tmp_path, monkeypatch):
         (convert.ConvertFlags, ["~/a", "~/b"]),
         (inspect.InspectFlags, ["~/a", "--data=~/b", "--out=~/c"]),
     ):
-        given = flags.parse(flag_class, argv, "", tyro.MISSING_NONPROP)
+        given = flags.parse("", argv, flag_class).make(flag_class)
         assert str(tmp_path / "a") in map(str, vars(given).values()) and "~" not in str(given)

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from attnres.commands import lab_dynamics
+from attnres.commands import lab
 from attnres.hf import AttnResForCausalLM
 from attnres.model import Decoder, DecoderConfig
 
@@ -53,9 +53,9 @@ def test_commands_open_it(server, run, corpus_file, tmp_path):
 
 def test_dynamics_takes_the_options_of_a_preset(monkeypatch):
     found = []
-    monkeypatch.setattr(lab_dynamics, "dynamics", lambda config, **_: found.append(config))
-    lab_dynamics.run(["--preset", "kimi-linear-48b-a3b"])
+    monkeypatch.setattr(lab, "dynamics", lambda config, command: found.append(config))
+    lab.run(["dynamics", "--preset", "kimi-linear-48b-a3b"])
     assert found[0].residual_options == {"prenorm": {}, "block_attnres": {"block_size": 6}, "full_attnres": {}}
     assert found[0].train.model.attention_kinds.count("mla") == 7
-    lab_dynamics.run(["--preset", "kimi-linear-48b-a3b", "--residual.num-blocks", "4"])
+    lab.run(["dynamics", "--preset", "kimi-linear-48b-a3b", "--residual.num-blocks", "4"])
     assert found[1].residual_options["block_attnres"] == {"num_blocks": 4}

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from attnres.commands.flags import open_shape
+from attnres.commands.flags import shape_of
 from attnres.errors import UsageError
-from attnres.model import Decoder, DecoderConfig, preset, presets
+from attnres.model import Decoder, DecoderConfig, DecoderShape, preset, presets
 
 SCALING = {"attnres-194m": 194, "attnres-241m": 241, "attnres-296m": 296, "attnres-436m": 436, "attnres-528m": 528}
 
@@ -55,15 +55,16 @@ def test_operations_of_every_kind_by_hand():
 @pytest.mark.parametrize("name", presets())
 def test_presets_reopen_as_flags_show_them(name):
     config = preset(name)
-    shape = open_shape(config)
-    shape.__post_init__()
+    sizes = {name.removeprefix("model."): value for name, value in shape_of(config).items()}
+    shape = DecoderShape(**sizes)
     assert all(getattr(config, field) == value for field, value in vars(shape).items())
 
 
 def test_open_sizes_follow_others():
-    shape = open_shape(preset("kimi-linear-48b-a3b"))
-    assert shape.linear_num_heads is None and shape.head_dim == 128 and shape.intermediate_size == 9216
-    assert open_shape(preset("tiny")).kv_lora_rank is None
+    shape = shape_of(preset("kimi-linear-48b-a3b"))
+    assert shape["model.linear_num_heads"] is None
+    assert (shape["model.head_dim"], shape["model.intermediate_size"]) == (128, 9216)
+    assert shape_of(preset("tiny"))["model.kv_lora_rank"] is None
 
 
 def test_the_tiny_hybrid_learns():

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from attnres import ops, residual
 from attnres.analysis.measure.probe import probe
-from attnres.commands.flags import OPTION_HELP
+from attnres.commands.residual_flags import OPTION_HELP
 from attnres.errors import UsageError
 from attnres.model import Decoder, DecoderConfig
 

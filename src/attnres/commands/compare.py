@@ -6,55 +6,47 @@ import inspect
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .. import residual as residuals
 from ..errors import UsageError
 from ..lab.compare import CompareConfig, compare
-from ..model import DecoderShape, preset
+from ..text_table import columns
 from . import flags
-from .lab_flags import SeededFlags, names_of, seeds_of
-
-ResidualFlags: Any = flags.residual_flags(with_name=False)
 
 
 @dataclass
-class CompareFlags(SeededFlags):
+class CompareFlags(flags.LabFlags, flags.PresetFlags):
     """Train residual connections side by side, from equal weights on equal data, and report on them.
 
     Writes results.json, figures/ and report.html under --out. Called again after an interruption it continues.
     """
 
-    residuals: str = "prenorm,block_attnres,full_attnres"
-    """Residual connections, separated by commas; the first is the baseline."""
-    preset: flags.PresetName = None
-    model: DecoderShape = field(default_factory=DecoderShape)
-    """Shape of the models."""
-    residual: ResidualFlags = field(default_factory=ResidualFlags)
-    """Options for every residual connection that has them."""
-
 
 def run(argv: Sequence[str]) -> int:
-    file = flags.peek(argv, "config")["config"]
-    shape = flags.peek([*flags.of_file(file, CompareFlags), *argv], "preset")["preset"] or "tiny"
-    default = CompareFlags(model=flags.open_shape(preset(shape)), out=Path("runs/compare"))
-    given = flags.parse(CompareFlags, argv, "compare", default, file)
-    names = names_of(given.residuals)
-    config = CompareConfig(
-        residuals=names,
-        seeds=seeds_of(given.seeds),
-        train=flags.train_config(given, given.model, names[0], {}),
-        residual_options={
-            name: flags.options_for(name, options, given.preset)
-            for name, options in options_of(names, flags.chosen_options(given.residual)).items()
-        },
-    )
-    results = compare(config, command=shlex.join(["attnres", "compare", *argv]))
+    without = (*flags.SET_BY_LAB, "jobs", "minutes")
+    given = flags.parse("compare", argv, CompareConfig, CompareFlags, start=_start, without=without)
+    results = compare(comparison(given), command=shlex.join(["attnres", "compare", *argv]))
     print(table(results))
-    print(f"\nreport: {given.out / 'report.html'}", file=sys.stderr)
+    print(f"\nreport: {given['out'] / 'report.html'}", file=sys.stderr)
     return 0
+
+
+def _start(given: flags.Values) -> flags.Values:
+    return {"out": Path("runs/compare"), **flags.of_preset(given)}
+
+
+def comparison(given: flags.Given) -> CompareConfig:
+    """The comparison that the flags describe."""
+    names = given["residuals"] or CompareConfig.residuals
+    options = options_of(names, given.residual_options())
+    return given.make(
+        CompareConfig,
+        train=given.train(names[0], {}),
+        residual_options={name: given.options_for(name, chosen) for name, chosen in options.items()},
+    )
 
 
 def table(results: dict[str, Any]) -> str:
@@ -74,13 +66,7 @@ def table(results: dict[str, Any]) -> str:
                 f"{row['peak_memory_bytes'] / 2**20:,.0f} MiB",
             ]
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
+    lines = columns(rows, left=1)
     lines.insert(1, "-" * len(lines[0]))
     if len(results["summary"][0]["seeds"]) == 1:
         lines.append("\none seed: a difference of a few hundredths may be chance; --seeds 0,1,2 shows the spread")

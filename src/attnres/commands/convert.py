@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from ..hf.convert.folder import convert_folder
 from . import flags
@@ -18,9 +15,9 @@ from . import flags
 class ConvertFlags:
     """Turn a pretrained Hugging Face model into an AttnRes model that computes the same, ready to be trained on."""
 
-    src: Annotated[Path, tyro.conf.Positional]
+    src: Path = field(metadata=flags.POSITIONAL)
     """Folder of the model: config.json and safetensors weights."""
-    dst: Annotated[Path, tyro.conf.Positional]
+    dst: Path = field(metadata=flags.POSITIONAL)
     """Folder to write; must not exist yet, or be empty."""
     residual: str = "block_attnres"
     """Residual connection of the result: block_attnres or full_attnres."""
@@ -31,7 +28,7 @@ class ConvertFlags:
 
 
 def run(argv: Sequence[str]) -> int:
-    given = flags.parse(ConvertFlags, argv, "convert", tyro.MISSING_NONPROP)
+    given = flags.parse("convert", argv, ConvertFlags).make(ConvertFlags)
     result = convert_folder(
         given.src,
         given.dst,

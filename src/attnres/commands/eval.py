@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from ..evaluate.tasks import evaluate, table
-from ..files import user_path
 from . import flags
 
 
@@ -18,9 +14,9 @@ from . import flags
 class EvalFlags:
     """Measure a model: perplexity on a text file, tasks of lm-eval, or both."""
 
-    model: Annotated[str, tyro.conf.Positional]
+    model: Path = field(metadata=flags.POSITIONAL)
     """Folder of a run, of a Hugging Face model or of a converted one."""
-    tasks: str = ""
+    tasks: tuple[str, ...] = ()
     """Tasks of lm-eval, separated by commas; needs the [eval] extra."""
     data: Path | None = None
     """UTF-8 text file whose perplexity is measured."""
@@ -45,20 +41,6 @@ class EvalFlags:
 
 
 def run(argv: Sequence[str]) -> int:
-    given = flags.parse(EvalFlags, argv, "eval", tyro.MISSING_NONPROP)
-    results = evaluate(
-        str(user_path(given.model)),
-        tasks=[task.strip() for task in given.tasks.split(",") if task.strip()],
-        data=given.data,
-        out=given.out,
-        context=given.context,
-        stride=given.stride,
-        batch_size=given.batch_size,
-        limit=given.limit,
-        num_fewshot=given.num_fewshot,
-        include_path=given.include_path,
-        device=given.device,
-        dtype=given.dtype,
-    )
-    print(table(results))
+    given = flags.parse("eval", argv, EvalFlags).make(EvalFlags)
+    print(table(evaluate(**{**vars(given), "model": str(given.model)})))
     return 0

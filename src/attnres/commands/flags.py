@@ -1,185 +1,350 @@
-"""Flags that several commands share, and where their values come from: a preset, a saved run, a YAML file, the line."""
+"""Command lines out of dataclasses: a field is a flag, and the text under it in the source is the flag's help.
+
+A flag on the line wins over a YAML file, both win over a preset or a saved run, and these over the field's default. All
+four are values by the name of the flag as a file spells it, such as "optim.lr".
+"""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import ast
 import dataclasses
+import difflib
+import functools
 import inspect
-import io
-import re
+import itertools
+import sys
+import textwrap
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
-import tyro
 import yaml
 
-from .. import residual as residuals
 from ..errors import UsageError
-from ..files import user_path
 from ..model import DecoderConfig, DecoderShape, preset, presets
-from ..run.config import RunConfig, TrainConfig
+from ..run.config import TrainConfig
+from .kinds import Kind, kind_of
+from .residual_flags import residual_options
 
 T = TypeVar("T")
-PresetName = Annotated[
-    str | None, tyro.conf.arg(help=f"Shape to start from: {', '.join(presets())}; tiny if none is named.")
-]
-OPTION_HELP = r"^ *%s: (.*?)(?=^ *\w+: |\n\n)"  # its entry under "Args:" in a docstring
+Values = dict[str, Any]
 
 
-def parse(flags: type[T], argv: Sequence[str], command: str, default: Any, config: str | None = None) -> T:
-    """The flags of a command line, which win over those of the YAML file `config`; --help ends the process.
-
-    Raises UsageError for what is unknown or of a wrong type.
-    """
-    in_file = of_file(config, flags)
-    try:
-        return _parse(flags, [*in_file, *argv], command, default)
-    except UsageError:
-        if in_file:
-            try:
-                _parse(flags, in_file, command, default)
-            except UsageError as error:
-                raise UsageError(f"--config {config}: {error}") from None
-        raise
+POSITIONAL = {"positional": True}
+"""Metadata of a field that is given by its place on the line."""
 
 
-def _parse(flags: type[T], argv: Sequence[str], command: str, default: Any) -> T:
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            return _with_paths(tyro.cli(flags, args=argv, default=default, prog=f"attnres {command}"))
-    except SystemExit as stop:
-        if not stop.code:
+@dataclass
+class FileFlags:
+    config: Path | None = None
+    """YAML file with any of these settings; flags win over it."""
+
+
+@dataclass
+class PresetFlags(FileFlags):
+    preset: str | None = dataclasses.field(
+        default=None, metadata={"help": f"Shape to start from: {', '.join(presets())}; tiny if none is named."}
+    )
+
+
+@dataclass
+class LabFlags(FileFlags):
+    out: Path = Path("runs/lab")
+    """Folder of all runs and of what is found in them."""
+
+
+SET_BY_LAB = ("seed", "parallel", "residual.name")
+"""Flags of a run that commands which train more than one set themselves."""
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag. default: MISSING where it must be given."""
+
+    name: str
+    hint: Any
+    default: Any
+    text: Callable[[], str]
+    positional: bool = False
+
+    @property
+    def option(self) -> str:
+        return f"--{self.name.replace('_', '-')}"
+
+    @property
+    def kind(self) -> Kind:
+        return kind_of(self.hint)
+
+    def read(self, written: str | list[str]) -> Any:
+        """The value that is written on the line or in a file. Raises UsageError."""
+        if self.kind.count is None and isinstance(written, list):
+            written = ",".join(written)
+        if self.kind.count is not None and isinstance(written, str):
+            written = [written]
+        try:
+            return self.kind.read(written)
+        except UsageError:
             raise
-        raise UsageError(_sentence(box.getvalue())) from None
+        except ValueError:
+            text = written if isinstance(written, str) else " ".join(written)
+            raise UsageError(f"{self.option} must be {self.kind.wanted}; it is {text!r}") from None
+
+    def help(self, default: Any) -> str:
+        comma = "," if self.kind.count == "*" else " "
+        shown = comma.join(map(str, default)) if isinstance(default, tuple) else default
+        return f"{self.text()} ({'required' if default is MISSING else f'default: {shown}'})".replace("%", "%%")
+
+    def add_to(self, parser: Any, **options: Any) -> None:
+        """Enters the flag in an argparse parser or group."""
+        if self.positional:
+            parser.add_argument(self.name, nargs="?", metavar=self.name.upper(), **options)
+        elif self.hint is bool:
+            prefix, dot, last = self.option.removeprefix("--").rpartition(".")
+            parser.add_argument(self.option, f"--{prefix}{dot}no-{last}", dest=self.name, action=_Switch, **options)
+        else:
+            count, placeholder = self.kind.count, self.kind.placeholder
+            parser.add_argument(self.option, dest=self.name, nargs=count, metavar=placeholder, **options)
 
 
-def _with_paths(given: T) -> T:
-    """The flags with every path as `user_path` reads it."""
-    for f in dataclasses.fields(given):  # type: ignore[arg-type]
-        if isinstance(value := getattr(given, f.name), Path):
-            setattr(given, f.name, user_path(value))
+class Given:
+    """The settings of one call. `flags`: what there is; `file`: what the YAML file at `path` says."""
+
+    def __init__(self, flags: dict[str, Flag], start: Values, file: Values, line: Values, path: str | None) -> None:
+        defaults = {name: flag.default for name, flag in flags.items() if flag.default is not MISSING}
+        self.start, self.file, self.path = {**defaults, **start}, file, path
+        self.values = {**self.start, **file, **line}
+
+    def __getitem__(self, name: str) -> Any:
+        return self.values[name]
+
+    def make(self, cls: type[T], prefix: str = "", **fixed: Any) -> T:
+        """An instance of a dataclass: each field `fixed`, or of the value of its flag. Raises UsageError."""
+        try:
+            return _made(cls, prefix, self.values, fixed)
+        except UsageError:
+            if self.path:
+                try:
+                    _made(cls, prefix, {**self.start, **self.file}, fixed)
+                except UsageError as error:
+                    raise UsageError(f"--config {self.path}: {error}") from None
+            raise
+
+    def residual(self) -> tuple[str, Values]:
+        """The residual connection of a run, and its options."""
+        name = self["residual.name"]
+        return name, self.options_for(name, self.residual_options())
+
+    def residual_options(self) -> Values:
+        """The options that were given for residual connections."""
+        names = [name for name in self.values if name.startswith("residual.") and name != "residual.name"]
+        return {name.removeprefix("residual."): self[name] for name in names if self[name] is not None}
+
+    def options_for(self, mechanism: str, chosen: Values) -> Values:
+        """The options that were chosen for a mechanism; or, if none was, the preset's for its own."""
+        if chosen or not self["preset"]:
+            return chosen
+        named = preset(self["preset"])
+        return named.residual_options if mechanism == named.residual else {}
+
+    def train(self, residual: str, options: Values) -> TrainConfig:
+        """The run that the flags describe, with this residual connection."""
+        model = self.make(DecoderConfig, "model.", residual=residual, residual_options=options)
+        return self.make(TrainConfig, model=model)
+
+
+def parse(
+    command: str,
+    argv: Sequence[str],
+    *classes: Any,
+    start: Callable[[Values], Values] = lambda given: {},
+    without: Iterable[str] = (),
+) -> Given:
+    """The settings of a command line, and of its file if it has --config; --help prints the flags and ends the process.
+
+    Args:
+        classes: dataclasses whose fields are the flags; of two fields of one name the later one's. The last docstring
+            says what the command does.
+        start: the defaults that follow from what was given, such as those of a preset.
+        without: flags, or groups of them, that the command does not have.
+
+    Raises UsageError for what is unknown, of a wrong type, or missing.
+    """
+    found = {flag.name: flag for cls in classes for flag in flags_of(cls)}
+    hidden = tuple(without)
+    flags = {n: flag for n, flag in found.items() if n not in hidden and n.partition(".")[0] not in hidden}
+    line, asked = _line(argv, flags)
+    file = _file(line["config"], flags) if line.get("config") else {}
+    given = Given(flags, start({**file, **line}), file, line, line.get("config"))
+    if asked:
+        print(_help(command, inspect.getdoc(classes[-1]) or "", flags, given.start), end="")
+        sys.exit()
+    for name, flag in flags.items():
+        if name not in given.values:
+            raise UsageError(f"{name.upper()} is missing: {flag.text()}")
     return given
 
 
-def _sentence(box: str) -> str:
-    """tyro's error, a box with lines across, in colour on a terminal, as one sentence."""
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
-    text = " ".join(row.strip("│ ") for row in plain.splitlines()[1:-1])
-    message, *more = (part.strip() for part in re.split("─{3,}", text))
-    ours = re.fullmatch(r"Error parsing \w+: (.*)", message)  # a UsageError of a dataclass: complete as it is
-    return ours[1] if ours else "; ".join([message.removeprefix("Error parsing ").rstrip("."), *more])
+def flags_of(cls: Any, prefix: str = "") -> Iterator[Flag]:
+    """The flags of a dataclass; those of a field that is one itself have its name in front, but for TrainConfig's."""
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        hint, name = hints[f.name], f"{prefix}{f.name}"
+        if hint is DecoderConfig:
+            yield from flags_of(DecoderShape, "model.")
+            for option, (kind, default, help_text) in residual_options().items():
+                yield Flag(f"residual.{option}", kind, default, functools.partial(str, help_text))
+        elif dataclasses.is_dataclass(hint):
+            yield from flags_of(hint, "" if hint is TrainConfig else f"{name}.")
+        elif f.init and typing.get_origin(hint) is not dict:
+            default = f.default if f.default_factory is MISSING else f.default_factory()
+            text = functools.partial(_text, cls, f)
+            yield Flag(name, hint, default, text, f.metadata.get("positional", False))
 
 
-def peek(argv: Sequence[str], *names: str) -> dict[str, str | None]:
-    """Values of flags that decide the defaults of the others, before those are parsed."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in names:
-        early.add_argument(f"--{name}", nargs="?", const="")
-    return vars(early.parse_known_args(list(argv))[0])
+def values_of(instance: Any, prefix: str = "") -> Values:
+    """The values of the flags of a dataclass."""
+    values: Values = {}
+    for f in dataclasses.fields(instance):
+        value, name = getattr(instance, f.name), f"{prefix}{f.name}"
+        if isinstance(value, DecoderConfig):
+            values |= shape_of(value)
+            values |= {f"residual.{n}": v for n, v in {"name": value.residual, **value.residual_options}.items()}
+        elif dataclasses.is_dataclass(value):
+            values |= values_of(value, f"{name}.")
+        else:
+            values[name] = value
+    return values
 
 
-def of_file(path: str | None, flags: Any) -> list[str]:
-    """The settings of a YAML file, a mapping of the names of `flags`, as a command line; nothing for no file."""
-    if not path:
-        return []
+def shape_of(model: DecoderConfig) -> Values:
+    """Its shape, with the sizes that follow from others left open, so that flags move those too."""
+    sizes = {f.name: getattr(model, f.name) for f in dataclasses.fields(DecoderShape)}
+    shape = dict(sizes)
+    for name in (f.name for f in dataclasses.fields(DecoderShape) if f.default is None):
+        if name == "head_dim" and sizes[name] * model.num_attention_heads != model.hidden_size:
+            continue  # without it the heads may not fit
+        if getattr(DecoderShape(**{**sizes, name: None}), name) == sizes[name]:
+            shape[name] = None
+    return {f"model.{name}": value for name, value in shape.items()}
+
+
+def of_preset(given: Values) -> Values:
+    """The defaults that the preset names, or else the smallest."""
+    return shape_of(preset(given.get("preset") or "tiny"))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise UsageError(message.removeprefix("argument "))
+
+
+class _Switch(argparse.Action):
+    """--flag and --no-flag."""
+
+    def __init__(self, option_strings: list[str], dest: str, **options: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, **options)
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, str(option_string == self.option_strings[0]))
+
+
+def _line(argv: Sequence[str], flags: dict[str, Flag]) -> tuple[Values, bool]:
+    """The values that are given on the line, and whether its help is asked for."""
+    parser = _Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument("-h", "--help", action="store_true")
+    for flag in flags.values():
+        flag.add_to(parser)
+    found, unknown = parser.parse_known_intermixed_args([_with_dashes(word) for word in argv])
+    if unknown:
+        raise UsageError(_unrecognized(unknown, flags))
+    written = vars(found)
+    asked = written.pop("help", False)
+    return {name: flags[name].read(text) for name, text in written.items()}, asked
+
+
+def _with_dashes(word: str) -> str:
+    option, equals, value = word.partition("=")
+    return f"{option.replace('_', '-')}{equals}{value}" if word.startswith("--") else word
+
+
+def _unrecognized(words: list[str], flags: dict[str, Flag]) -> str:
+    options = [word.partition("=")[0] for word in words if word.startswith("--")]
+    known = {flag.option: flag for flag in flags.values() if not flag.positional}
+    near = [known[match] for o in options for match in difflib.get_close_matches(o, known, n=1)]
+    hint = "".join(f"; Perhaps you meant: {flag.option} {flag.kind.placeholder}" for flag in near[:1])
+    return f"Unrecognized options: {', '.join(words)}{hint}"
+
+
+def _file(path: Path, flags: dict[str, Flag]) -> Values:
+    """The values in a YAML file, a mapping of the flags' names."""
     try:
-        values = yaml.safe_load(user_path(path).read_text(encoding="utf-8"))
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"--config {path} cannot be read: {error.strerror}; give a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UsageError(f"--config {path} must be a mapping of flag names to values, such as `steps: 1000`")
-    return list(_as_flags(values, flags, ""))
+    written = dict(_flat(values))
+    try:
+        unknown = [f"--{name.replace('_', '-')}={text}" for name, text in written.items() if name not in flags]
+        if unknown:
+            raise UsageError(_unrecognized(unknown, flags))
+        return {name: flags[name].read(text) for name, text in written.items()}
+    except UsageError as error:
+        raise UsageError(f"--config {path}: {error}") from None
 
 
-def _as_flags(values: dict[Any, Any], flags: Any, prefix: str) -> Iterator[str]:
-    fields = {f.name: f for f in dataclasses.fields(flags)} if flags is not None else {}
+def _flat(values: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, str | list[str]]]:
     for key, value in values.items():
-        name = str(key).replace("_", "-")
-        field = fields.get(name.replace("-", "_"))
+        name = prefix + str(key).replace("-", "_")
         if isinstance(value, dict):
-            part = field.default_factory if field is not None else None
-            yield from _as_flags(value, part if dataclasses.is_dataclass(part) else None, f"{prefix}{name}.")
-        elif isinstance(value, bool) and field is not None and isinstance(field.default, bool):
-            yield f"--{prefix}{'' if value else 'no-'}{name}"
-        elif isinstance(value, list) and field is not None and isinstance(field.default, str):
-            yield f"--{prefix}{name}={','.join(map(str, value))}"
-        elif isinstance(value, list):
-            yield from (f"--{prefix}{name}", *map(str, value))
+            yield from _flat(value, f"{name}.")
         else:
-            yield f"--{prefix}{name}={value}"
+            yield name, [str(item) for item in value] if isinstance(value, list) else str(value)
 
 
-def open_shape(model: DecoderShape) -> DecoderShape:
-    """Its shape with the sizes that follow from others left open, so that flags move those too."""
-    sizes = {f.name: getattr(model, f.name) for f in dataclasses.fields(DecoderShape)}
-    shape = DecoderShape(**sizes)
-    for name in (f.name for f in dataclasses.fields(DecoderShape) if f.default is None):
-        if name == "head_dim" and sizes[name] * model.num_attention_heads != model.hidden_size:
-            continue  # without it the heads may not fit
-        if getattr(DecoderShape(**{**sizes, name: None}), name) == sizes[name]:
-            setattr(shape, name, None)
-    return shape
+def _made(cls: type[T], prefix: str, values: Values, fixed: Values) -> T:
+    hints = typing.get_type_hints(cls)
+    parts = dict(fixed)
+    for f in dataclasses.fields(cls):  # type: ignore[arg-type]
+        name = f"{prefix}{f.name}"
+        if f.name not in fixed and dataclasses.is_dataclass(hints[f.name]):
+            parts[f.name] = _made(hints[f.name], f"{name}.", values, {})
+        elif f.name not in fixed and name in values:
+            parts[f.name] = values[name]
+    return cls(**parts)
 
 
-def _residual_options() -> dict[str, tuple[Any, str]]:
-    """Every option of every registered mechanism: name -> (type, help from the class docstrings)."""
-    kinds: dict[str, Any] = {}
-    texts: dict[str, dict[str, list[str]]] = {}
-    for name in residuals.names():
-        cls = residuals.get(name)
-        hints = typing.get_type_hints(cls.__init__)
-        for option in inspect.signature(cls.__init__).parameters:
-            if option in ("self", "dim", "num_layers"):
-                continue
-            text = re.search(OPTION_HELP % option, inspect.getdoc(cls) or "", re.DOTALL | re.MULTILINE)
-            kinds.setdefault(option, hints[option])
-            texts.setdefault(option, {}).setdefault(" ".join(text[1].split()) if text else "", []).append(name)
-    return {
-        option: (kind, " ".join(f"{text} [{', '.join(names)}]" for text, names in texts[option].items()))
-        for option, kind in kinds.items()
-    }
+def _help(command: str, text: str, flags: dict[str, Flag], defaults: Values) -> str:
+    positionals = "".join(f" {name.upper()}" for name, flag in flags.items() if flag.positional)
+    parser = _Parser(usage=f"attnres {command} [--help] [OPTIONS]{positionals}", description=text, add_help=False)
+    groups: dict[str, Any] = {}
+    for name, flag in sorted(flags.items(), key=lambda item: (not item[1].positional, "." in item[0])):
+        title = "arguments" if flag.positional else " ".join([*name.split(".")[:-1], "options"])
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        flag.add_to(groups[title], help=flag.help(defaults.get(name, MISSING)))
+    return parser.format_help()
 
 
-def residual_flags(with_name: bool) -> Any:
-    """A dataclass of the options of all mechanisms; None leaves an option at its default."""
-    fields: list[Any] = []
-    if with_name:
-        text = f"Residual connection: {', '.join(residuals.names())}."
-        fields.append(("name", Annotated[str, tyro.conf.arg(help=text)], dataclasses.field(default="block_attnres")))
-    for option, (kind, text) in _residual_options().items():
-        fields.append((option, Annotated[kind | None, tyro.conf.arg(help=text)], dataclasses.field(default=None)))
-    return dataclasses.make_dataclass("ResidualFlags", fields)
+def _text(cls: Any, field: Any) -> str:
+    """The help of a field: of its metadata, or the text under it."""
+    return field.metadata.get("help") or _texts(cls).get(field.name, "")
 
 
-def chosen_options(flags: Any) -> dict[str, Any]:
-    """The options that were given."""
-    return {
-        f.name: getattr(flags, f.name)
-        for f in dataclasses.fields(flags)
-        if f.name != "name" and getattr(flags, f.name) is not None
-    }
-
-
-def options_for(mechanism: str, chosen: dict[str, Any], preset_name: str | None) -> dict[str, Any]:
-    """The options that were given for a mechanism; or, if none was, the preset's for its own."""
-    if chosen or not preset_name:
-        return chosen
-    named = preset(preset_name)
-    return named.residual_options if mechanism == named.residual else {}
-
-
-def train_config(flags: RunConfig, shape: DecoderShape, name: str, options: dict[str, Any]) -> TrainConfig:
-    """The run that the flags describe."""
-    model = DecoderConfig(**dataclasses.asdict(shape), residual=name, residual_options=options)
-    return TrainConfig(**run_fields(flags), model=model)
-
-
-def run_fields(config: RunConfig) -> dict[str, Any]:
-    """What a run has beside its model, by name."""
-    return {f.name: getattr(config, f.name) for f in dataclasses.fields(RunConfig)}
+@functools.cache
+def _texts(cls: Any) -> dict[str, str]:
+    """The texts under the fields of a dataclass, those that it inherits included."""
+    texts = {}
+    for base in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(base):
+            source = textwrap.dedent(inspect.getsource(base))  # type: ignore[arg-type]
+            body = ast.parse(source).body[0].body  # type: ignore[attr-defined]
+            for field, after in itertools.pairwise(body):
+                if isinstance(field, ast.AnnAssign) and isinstance(after, ast.Expr):
+                    texts[ast.unparse(field.target)] = " ".join(ast.literal_eval(after.value).split())
+    return texts

@@ -5,12 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import tyro
 
 from ..data.tokenizer import load_tokenizer_from
 from ..errors import UsageError
@@ -30,7 +28,7 @@ class GenerateFlags:
     """Continue a text with a model that `attnres train` made. Under torchrun its processes share the model: each has a
     part of every matrix."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Path = field(metadata=flags.POSITIONAL)
     """Folder of the run."""
     prompt: str = "def "
     """Text to continue."""
@@ -49,7 +47,7 @@ class GenerateFlags:
 
 
 def run(argv: Sequence[str]) -> int:
-    given = flags.parse(GenerateFlags, argv, "generate", tyro.MISSING_NONPROP)
+    given = flags.parse("generate", argv, GenerateFlags).make(GenerateFlags)
     with _loaded(given) as (model, is_first):
         tokenizer = load_tokenizer_from(given.run)
         if tokenizer.vocab_size > model.config.vocab_size:

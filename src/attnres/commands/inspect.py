@@ -7,12 +7,11 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import tyro
 
 from ..analysis.draw.inspect_page import check_place, numbers, write_inspection
 from ..analysis.inspect_model import check_folder, encode, open_model, read_input
@@ -25,7 +24,7 @@ from . import flags
 class InspectFlags:
     """See where the layers of a trained model listen, token by token, and what each source is worth: an HTML page."""
 
-    model: Annotated[Path, tyro.conf.Positional]
+    model: Path = field(metadata=flags.POSITIONAL)
     """Folder of a run of attnres train, or of a native or converted Hugging Face model."""
     text: str | None = None
     """Text that the model reads."""
@@ -47,7 +46,7 @@ class InspectFlags:
 
 
 def run(argv: Sequence[str]) -> int:
-    given = flags.parse(InspectFlags, argv, "inspect", tyro.MISSING_NONPROP)
+    given = flags.parse("inspect", argv, InspectFlags).make(InspectFlags)
     if given.tokens < 2:
         raise UsageError(f"--tokens must be at least 2; it is {given.tokens}")
     if not 0 < given.minutes < math.inf:

@@ -2,94 +2,109 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 
+from ..data.tokenizer import load_tokenizer
 from ..errors import UsageError
-from ..model import DecoderConfig, DecoderShape, preset
-from ..parallel.config import ParallelConfig
 from ..plan.prompt import InferencePlan, plan_inference
 from ..plan.rank import RankPlan
 from ..plan.training import Cluster, Plan, plan
+from ..run import hardware
+from ..run.config import TrainConfig
+from ..run.folder import read_config
+from ..text_table import columns
 from . import flags
-
-ResidualFlags: Any = flags.residual_flags(with_name=True)
+from .train import TrainFlags
 
 
 @dataclass
-class PlanFlags(Cluster):
+class PlanFlags(TrainFlags):
     """Say what training on many processes would take, without starting one: memory and parameters of every rank, bytes
     of every pipeline hop, the pipeline's bubble, and whether it fits. Parameters and bytes on the wire are exact; times
     follow from the rates given here. JSON has every hop; the table sums them up. With --inference: what reading a
-    prompt takes of a process's memory, at once, over the processes of --parallel.tp, and in chunks."""
+    prompt takes of a process's memory, at once, over the processes of --parallel.tp, and in chunks.
 
+    The run is that of a folder, or the one that `attnres train` would start with the same flags.
+    """
+
+    run: Path | None = field(default=None, metadata=flags.POSITIONAL)
+    """Folder of a run, whose settings are the defaults."""
     inference: bool = False
     """Plan reading a prompt of --context tokens, not training."""
     prefill_chunk: int | None = None
     """Tokens of the prompt that are read at a time; for --inference."""
-    batch_size: int = 8
-    """Sequences in one forward pass, of all processes together."""
-    context: int = 2048
-    """Tokens in a sequence."""
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
-    """Dtype of autocast; with --inference of everything."""
-    checkpointing: bool = False
-    """Activation checkpointing: recompute each Transformer block in the backward pass instead of keeping it."""
     json: bool = False
     """Print JSON instead of a table."""
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """How the run is split over processes."""
-    config: Path | None = None
-    """YAML file with any of these settings; flags win over it."""
-    preset: flags.PresetName = None
-    model: DecoderShape = field(default_factory=DecoderShape)
-    """Shape of the model."""
-    residual: ResidualFlags = field(default_factory=ResidualFlags)
-    """Residual connection and its options."""
 
 
 def run(argv: Sequence[str]) -> int:
-    file = flags.peek(argv, "config")["config"]
-    shape = flags.peek([*flags.of_file(file, PlanFlags), *argv], "preset")["preset"] or "tiny"
-    given = flags.parse(PlanFlags, argv, "plan", PlanFlags(model=flags.open_shape(preset(shape))), file)
-    options = flags.options_for(given.residual.name, flags.chosen_options(given.residual), given.preset)
-    model = DecoderConfig(**asdict(given.model), residual=given.residual.name, residual_options=options)
-    dtype = getattr(torch, given.precision)
-    if given.inference:
-        steps = inference_steps(model, given, dtype)
+    given = flags.parse("plan", argv, TrainConfig, Cluster, PlanFlags, start=_start)
+    planned = given.train(*given.residual()).with_vocabulary(_vocabulary(given["tokenizer"]))
+    cluster = given.make(Cluster)
+    precision = torch.float32 if planned.precision == "float32" else torch.bfloat16
+    if given["inference"]:
+        steps = inference_steps(planned, given["prefill_chunk"], precision)
         as_json = json.dumps([step.to_dict() for step in steps], indent=1)
-        print(as_json if given.json else inference_table(steps, model, given))
+        print(as_json if given["json"] else inference_table(steps, planned, cluster, precision))
         return 0
-    if given.prefill_chunk is not None:
+    if given["prefill_chunk"] is not None:
         raise UsageError("prefill_chunk is for inference; add --inference, or leave it out")
-    found = plan(model, given.parallel, given.batch_size, given.context, dtype, given.checkpointing, given)
-    print(json.dumps(found.to_dict(), indent=1) if given.json else table(found, given))
+    sizes = (planned.batch_size, planned.context, precision, planned.checkpointing)
+    found, passes = plan(planned.model, planned.parallel, *sizes, cluster), planned.accumulate
+    found = dataclasses.replace(
+        found,
+        microbatches=passes * found.microbatches,
+        tokens_per_step=passes * found.tokens_per_step,
+        step_seconds=passes * found.step_seconds,
+        naive_step_seconds=passes * found.naive_step_seconds,
+    )
+    print(json.dumps(found.to_dict(), indent=1) if given["json"] else table(found, cluster))
     return 0
 
 
-def inference_steps(model: DecoderConfig, given: PlanFlags, precision: torch.dtype) -> list[InferencePlan]:
+def _start(given: flags.Values) -> flags.Values:
+    """The settings of a run's folder, or of a preset; made for a longer context than theirs if need be."""
+    folder = given.get("run") or (given.get("out", TrainConfig.out) if given.get("resume") else None)
+    values = flags.of_preset(given) if folder is None or given.get("preset") else {}
+    if folder is not None:
+        values = {**flags.values_of(read_config(folder)), "tokenizer": "bytes", **values}
+    context = given.get("context", values.get("context", TrainConfig.context))
+    for name in ("model.max_position_embeddings", "validation_tokens"):
+        values[name] = max(values.get(name, TrainConfig.validation_tokens), context)
+    return values
+
+
+def _vocabulary(tokenizer: str) -> int:
+    size = tokenizer.removeprefix("train:")
+    if size != tokenizer and size.isdecimal() and int(size) > 256:  # what is to be learned needs no text here
+        return int(size)
+    return load_tokenizer(tokenizer, None, "").vocab_size
+
+
+def inference_steps(run: TrainConfig, prefill_chunk: int | None, precision: torch.dtype) -> list[InferencePlan]:
     """At once in one process, then over all of them, then in chunks as well; without the steps that change nothing."""
-    split = given.parallel
+    split = run.parallel
     for name in ("dp", "shard", "ep", "pp"):
         if getattr(split, name) > 1:
             raise UsageError(
                 f"parallel.{name} is for training, and is {getattr(split, name)}; inference is planned over parallel.tp"
             )
-    if given.checkpointing:
+    if run.checkpointing:
         raise UsageError("checkpointing is for training, where activations are kept; leave it out with --inference")
-    chunk = given.prefill_chunk if (given.prefill_chunk or 0) < given.context else None
+    chunk = prefill_chunk if (prefill_chunk or 0) < run.context else None
     ways = dict.fromkeys([(1, None), (split.tp, None), (split.tp, chunk)])
-    return [plan_inference(model, given.batch_size, given.context, tp, tokens, precision) for tp, tokens in ways]
+    return [plan_inference(run.model, run.batch_size, run.context, tp, tokens, precision) for tp, tokens in ways]
 
 
-def inference_table(steps: list[InferencePlan], model: DecoderConfig, cluster: PlanFlags) -> str:
+def inference_table(steps: list[InferencePlan], run: TrainConfig, cluster: Cluster, precision: torch.dtype) -> str:
     """Memory of one process, a line for each way of reading the prompt, gigabytes of 10^9."""
-    blocks = None if steps[0].block_bytes is None else model.build_residual().num_blocks
+    blocks = None if steps[0].block_bytes is None else run.model.build_residual().num_blocks
     heads = ["weights", "cache", f"{blocks} blocks", "over depth", "one layer", "total GB"]
     rows = [["processes", "tokens at a time", *heads, ""]]
     for step in steps:
@@ -102,10 +117,10 @@ def inference_table(steps: list[InferencePlan], model: DecoderConfig, cluster: P
         rows = [[*row[:4], *row[5:]] for row in rows]
     meaning = ": the blocks, the embedding and, read in two phases, results for the layers ahead" if blocks else ""
     lines = [
-        f"{_short(steps[0].parameters)} parameters of width {model.hidden_size}; {cluster.batch_size} x "
-        f"{cluster.context:,} tokens in {cluster.precision}; memory of one process at the end of the prompt",
+        f"{_short(steps[0].parameters)} parameters of width {run.model.hidden_size}; {run.batch_size} x "
+        f"{run.context:,} tokens in {hardware.name_of(precision)}; memory of one process at the end of the prompt",
         "",
-        *_columns(rows),
+        *columns(rows),
         "",
         f"over depth is the most that the residual connection keeps{meaning}",
         f"a device has {cluster.memory_gb:g} GB less {cluster.reserve_gb:g} in reserve",
@@ -119,11 +134,11 @@ def table(found: Plan, cluster: Cluster) -> str:
         f"{_short(found.model_parameters)} parameters on {found.world_size} processes; a step is {found.microbatches} "
         f"micro-batches of {found.rows} x {found.context} tokens in each replica, {found.tokens_per_step:,} in all",
         "",
-        *_columns(_rank_rows(found.ranks)),
+        *columns(_rank_rows(found.ranks)),
         "",
     ]
     if found.hops:
-        lines += [*_columns(_hop_rows(found, cluster)), ""]
+        lines += [*columns(_hop_rows(found, cluster)), ""]
     return "\n".join([*lines, *_summary(found, cluster)])
 
 
@@ -211,8 +226,3 @@ def _summary(found: Plan, cluster: Cluster) -> list[str]:
 def _short(count: float) -> str:
     power = max(0, min(4, (len(str(int(count))) - 1) // 3))
     return f"{count / 1000**power:.4g}{('', 'K', 'M', 'B', 'T')[power]}"
-
-
-def _columns(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from ..errors import Failure, UsageError
 from . import flags
@@ -18,7 +15,7 @@ from . import flags
 class ServeFlags:
     """Answer OpenAI-compatible requests with a model: /v1/completions and /v1/chat/completions."""
 
-    model: Annotated[Path, tyro.conf.Positional]
+    model: Path = field(metadata=flags.POSITIONAL)
     """Folder of a run, of a Hugging Face model or of a converted one."""
     host: str = "127.0.0.1"
     """Address to listen on; the default is reachable from this machine alone."""
@@ -48,23 +45,13 @@ class ServeFlags:
 
 
 def run(argv: Sequence[str]) -> int:
-    given = flags.parse(ServeFlags, argv, "serve", tyro.MISSING_NONPROP)
+    given = flags.parse("serve", argv, ServeFlags).make(ServeFlags)
     if not given.model.is_dir():
         raise UsageError(f"there is no folder {given.model}; give that of a run or of a Hugging Face model")
     _check_free(given.host, given.port)
     from ..serve import serve
 
-    serve(
-        given.model,
-        host=given.host,
-        port=given.port,
-        max_tokens=given.max_tokens,
-        max_connections=given.max_connections,
-        continuous_batching=given.continuous_batching,
-        cache_tokens=given.cache_tokens,
-        device=given.device,
-        dtype=given.dtype,
-    )
+    serve(**vars(given))
     return 0
 
 

@@ -20,6 +20,7 @@ from ..hf.convert.door import load, load_weights
 from ..hf.convert.table import TYPE_PREFIX, check_config
 from ..hf.modeling import AttnResForCausalLM
 from ..run.export import is_run, root_of
+from ..text_table import columns
 from .perplexity import perplexity, read_text
 from .vocabulary import check_vocabulary, open_tokenizer
 
@@ -170,8 +171,7 @@ def table(results: dict[str, Any]) -> str:
                 error = metrics.get(name.replace(",", "_stderr,"))
                 spread = f" ± {error:.4f}" if isinstance(error, float) else ""
                 rows.append((task, name.removesuffix(",none"), f"{value:.4f}{spread}"))
-    widths = [max(map(len, column), default=0) for column in zip(*rows, strict=True)][:2]
-    return "\n".join(f"{what:{widths[0]}}  {name:{widths[1]}}  {value}" for what, name, value in rows)
+    return "\n".join(columns(rows, left=3))
 
 
 def _lm_eval() -> tuple[Any, Any, Any]:

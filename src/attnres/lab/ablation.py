@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from statistics import mean
 from typing import Any, NamedTuple
 
 from ..analysis.draw.ablation_figure import block_size_figure
 from ..analysis.draw.figures import save
-from ..errors import UsageError
-from ..model import DecoderConfig, DecoderShape
-from ..run.config import TrainConfig
-from .grid import Cell, opened, provenance, run_grid, write_json
+from ..model import DecoderShape
+from ..text_table import markdown
+from .experiment import Experiment, conducted
+from .grid import Cell, write_csv, write_json
 
 
 class Row(NamedTuple):
@@ -54,36 +52,21 @@ def rows(model: DecoderShape) -> list[Row]:
 
 
 @dataclass
-class AblationConfig:
-    """The grid: what every run shares, and the seeds."""
+class AblationConfig(Experiment):
+    """The grid: every row with every seed."""
 
-    train: TrainConfig
-    """What every run shares; its residual connection, seed and folder are set by the grid."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds; each repeats every row with other initial weights and another data order."""
-    jobs: int = 1
-    """Runs at the same time."""
-    minutes: float | None = None
-    """Stop after so many minutes, to be continued by the next call."""
-    chosen: list[Row] = field(init=False)
+    """Seeds, separated by commas; each repeats every row with other initial weights and another data order."""
 
-    def __post_init__(self) -> None:
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            raise UsageError(f"seeds must name at least one, each once; it is {', '.join(map(str, self.seeds))!r}")
-        if self.jobs < 1:
-            raise UsageError(f"jobs must be a positive whole number; it is {self.jobs}")
-        if self.minutes is not None and not self.minutes > 0:
-            raise UsageError(f"minutes must be positive; it is {self.minutes}")
-        self.chosen = rows(self.train.model)
+    def places(self) -> list[tuple[Row, int]]:
+        """Seeds outermost: a grid that is cut short has whole seeds."""
+        return [(row, seed) for seed in self.seeds for row in rows(self.train.model)]
 
-    def cells(self) -> list[tuple[Row, Cell]]:
-        """Every row with every seed, seeds outermost: a grid that is cut short has whole seeds."""
-        shape = {f.name: getattr(self.train.model, f.name) for f in dataclasses.fields(DecoderShape)}
-        return [(row, self._cell(row, seed, shape)) for seed in self.seeds for row in self.chosen]
+    def cells(self) -> list[Cell]:
+        return [self._cell(row, seed) for row, seed in self.places()]
 
-    def _cell(self, row: Row, seed: int, shape: dict[str, Any]) -> Cell:
-        model = DecoderConfig(**shape, residual=row.residual, residual_options=row.options)
-        model.check_residual()
+    def _cell(self, row: Row, seed: int) -> Cell:
+        model = dataclasses.replace(self.train.model, residual=row.residual, residual_options=row.options)
         folder = "".join(c if c.isalnum() else "-" for c in row.name.lower()).replace("--", "-")
         out = self.train.out / "runs" / f"{folder}-seed{seed}"
         return Cell(f"{row.name}, seed {seed}", dataclasses.replace(self.train, model=model, seed=seed, out=out))
@@ -96,21 +79,20 @@ def ablation(config: AblationConfig, command: str = "") -> dict[str, Any]:
     where runs fail or time is up.
     """
     out = config.train.out
-    with opened(config.train) as (train, corpus):
-        config = dataclasses.replace(config, train=train)
-        pairs = config.cells()
-        found = run_grid([cell for _, cell in pairs], jobs=config.jobs, minutes=config.minutes, keep_checkpoints=False)
-        runs = [{"row": row.name, **result} for (row, _), result in zip(pairs, found, strict=True)]
+    with conducted(config, command) as (config, found, head):
+        runs = [{"row": row.name, **result} for (row, _), result in zip(config.places(), found, strict=True)]
+        chosen = rows(config.train.model)
+        summary = summarise(runs, chosen)
         results = {
-            **provenance(train, corpus, command),
+            **head,
             "jobs": config.jobs,
-            "rows": [row._asdict() for row in config.chosen],
+            "rows": [row._asdict() for row in chosen],
             "runs": runs,
-            "summary": summarise(runs, config.chosen),
+            "summary": summary,
         }
         write_json(out / "results.json", results)
-        _write_csv(out / "table.csv", results["summary"])
-        (out / "table.md").write_text(table(results["summary"]) + "\n")
+        write_csv(out / "table.csv", summary, list(summary[0]))
+        (out / "table.md").write_text(table(summary) + "\n")
         save(block_size_figure(results), out / "figures", "block_size")
     return results
 
@@ -156,27 +138,18 @@ def _verdict(differences: Sequence[float]) -> str:
 
 def table(summary: Sequence[dict[str, Any]]) -> str:
     """The summary as a table in Markdown."""
-    lines = [
-        "| row | validation loss | difference to the baseline | over seeds | | paper's difference |",
-        "|---|---|---|---|---|---|",
-    ]
+    heads = ["row", "validation loss", "difference to the baseline", "over seeds", "", "paper's difference"]
+    cells = [heads]
     for entry in summary:
-        spread = f"{entry['difference_min']:+.4f} .. {entry['difference_max']:+.4f}"
         first = entry is summary[0]
-        cells = [
-            entry["row"],
-            f"{entry['val_loss']:.4f} ({entry['val_loss_min']:.4f} .. {entry['val_loss_max']:.4f})",
-            "" if first else f"{entry['difference']:+.4f}",
-            "" if first else spread,
-            entry["verdict"],
-            f"{entry['paper_loss']:.3f}" if first else f"{entry['paper_difference']:+.3f}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _write_csv(path: Path, summary: Sequence[dict[str, Any]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(summary[0]))
-        writer.writeheader()
-        writer.writerows(summary)
+        cells.append(
+            [
+                entry["row"],
+                f"{entry['val_loss']:.4f} ({entry['val_loss_min']:.4f} .. {entry['val_loss_max']:.4f})",
+                "" if first else f"{entry['difference']:+.4f}",
+                "" if first else f"{entry['difference_min']:+.4f} .. {entry['difference_max']:+.4f}",
+                entry["verdict"],
+                f"{entry['paper_loss']:.3f}" if first else f"{entry['paper_difference']:+.3f}",
+            ]
+        )
+    return "\n".join(markdown(cells))

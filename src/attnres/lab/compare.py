@@ -11,47 +11,37 @@ from typing import Any
 from .. import residual as residuals
 from ..analysis.draw.figures import write_figures
 from ..analysis.draw.report import write_report
-from ..errors import UsageError
-from ..model import DecoderConfig, DecoderShape
 from ..run.config import TrainConfig
-from .grid import Cell, opened, provenance, run_grid, write_json
+from .experiment import Experiment, conducted
+from .grid import Cell, write_json
 
 
 @dataclass
-class CompareConfig:
-    """A comparison: the same training run for several residual connections and seeds."""
+class CompareConfig(Experiment):
+    """The same training run for several residual connections and seeds."""
 
     residuals: tuple[str, ...] = ("prenorm", "block_attnres", "full_attnres")
-    """Residual connections to train; the first is the baseline."""
-    seeds: tuple[int, ...] = (0,)
-    """Seeds; each repeats every run with other initial weights and another data order."""
-    train: TrainConfig = field(default_factory=TrainConfig)
-    """What every run shares; its residual connection and seed are set by the comparison."""
+    """Residual connections, separated by commas; the first is the baseline."""
     residual_options: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Options of a residual connection, by its name."""
 
     def __post_init__(self) -> None:
-        self.residuals, self.seeds = tuple(self.residuals), tuple(self.seeds)
-        for name in ("residuals", "seeds"):
-            values = getattr(self, name)
-            if not values or len(set(values)) != len(values):
-                raise UsageError(f"{name} must name at least one, each once; it is {', '.join(map(str, values))!r}")
+        super().__post_init__()
         for name in self.residuals:
             residuals.get(name)
 
     def runs(self) -> list[TrainConfig]:
         """One configuration for each seed and residual connection, seeds outermost."""
-        shape = {f.name: getattr(self.train.model, f.name) for f in dataclasses.fields(DecoderShape)}
-        return [
-            dataclasses.replace(
-                self.train,
-                model=DecoderConfig(**shape, residual=name, residual_options=self.residual_options.get(name, {})),
-                seed=seed,
-                out=self.train.out / "runs" / f"{name}-seed{seed}",
-            )
-            for seed in self.seeds
-            for name in self.residuals
-        ]
+        return [self._run(name, seed) for seed in self.seeds for name in self.residuals]
+
+    def _run(self, name: str, seed: int) -> TrainConfig:
+        options = self.residual_options.get(name, {})
+        model = dataclasses.replace(self.train.model, residual=name, residual_options=options)
+        out = self.train.out / "runs" / f"{name}-seed{seed}"
+        return dataclasses.replace(self.train, model=model, seed=seed, out=out)
+
+    def cells(self) -> list[Cell]:
+        return [Cell(f"{run.model.residual}, seed {run.seed}", run) for run in self.runs()]
 
 
 def compare(config: CompareConfig, command: str = "") -> dict[str, Any]:
@@ -63,18 +53,13 @@ def compare(config: CompareConfig, command: str = "") -> dict[str, Any]:
     run fails.
     """
     out = config.train.out
-    for run in config.runs():
-        run.model.check_residual()
-    with opened(config.train) as (train, corpus):
-        config = dataclasses.replace(config, train=train)
-        runs = config.runs()
-        finished = run_grid([Cell(f"{run.model.residual}, seed {run.seed}", run) for run in runs])
+    with conducted(config, command, keep_checkpoints=True) as (config, found, head):
         results = {
-            **provenance(train, corpus, command),
-            "model": runs[0].model.to_dict(),
+            **head,
+            "model": config.runs()[0].model.to_dict(),
             "baseline": config.residuals[0],
-            "runs": finished,
-            "summary": summarise(finished, config.residuals),
+            "runs": found,
+            "summary": summarise(found, config.residuals),
         }
         write_json(out / "results.json", results)
         write_figures(results, out / "figures")

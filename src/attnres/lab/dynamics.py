@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,14 @@ from ..model import Decoder
 from ..run import hardware
 from ..run.config import TrainConfig
 from .compare import CompareConfig
-from .grid import Cell, opened, provenance, run_grid, write_json
+from .experiment import conducted
+from .grid import write_json
 from .worker import probe_batches, train_and_probe
 
 PROFILES = ("output_magnitude", "gradient_magnitude")
 
 
-def dynamics(
-    config: CompareConfig, *, jobs: int = 1, minutes: float | None = None, command: str = ""
-) -> dict[str, Any]:
+def dynamics(config: CompareConfig, command: str = "") -> dict[str, Any]:
     """Trains every run and looks inside at each validation; writes results.json, figures/ and dynamics.html, a page
     with a slider over the training, under train.out.
 
@@ -34,17 +32,11 @@ def dynamics(
     is up.
     """
     out = config.train.out
-    for run in config.runs():
-        run.model.check_residual()
-    with opened(config.train) as (train, corpus):
-        config = dataclasses.replace(config, train=train)
-        runs = config.runs()
-        cells = [Cell(f"{run.model.residual}, seed {run.seed}", run) for run in runs]
-        found = run_grid(cells, jobs=jobs, minutes=minutes, keep_checkpoints=False, measure=train_and_watch)
+    with conducted(config, command, measure=train_and_watch) as (config, found, head):
         results = {
-            **provenance(train, corpus, command),
-            "jobs": jobs,
-            "model": runs[0].model.to_dict(),
+            **head,
+            "jobs": config.jobs,
+            "model": config.runs()[0].model.to_dict(),
             "baseline": config.residuals[0],
             "runs": found,
         }

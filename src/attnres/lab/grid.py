@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import datetime
+import io
 import json
 import multiprocessing
 import os
@@ -87,10 +89,7 @@ def run_grid(
     Raises UsageError if a folder holds another run or jobs or minutes are not positive, Failure where a run fails (with
     several jobs the others end first) or time is up.
     """
-    if jobs < 1:
-        raise UsageError(f"jobs must be a positive whole number; it is {jobs}")
-    if minutes is not None and not minutes > 0:
-        raise UsageError(f"minutes must be a positive number; it is {minutes}")
+    check_limits(jobs, minutes)
     _check_resumable(cells)
     results: dict[int, dict[str, Any]] = {}
     for i, cell in enumerate(cells):
@@ -103,6 +102,14 @@ def run_grid(
         grid.stop()
         raise
     return [results[i] for i in range(len(cells))]
+
+
+def check_limits(jobs: int, minutes: float | None) -> None:
+    """Raises UsageError for numbers that `run_grid` cannot work with."""
+    if jobs < 1:
+        raise UsageError(f"jobs must be a positive whole number; it is {jobs}")
+    if minutes is not None and not minutes > 0:
+        raise UsageError(f"minutes must be a positive number; it is {minutes}")
 
 
 class _Grid:
@@ -225,8 +232,21 @@ def provenance(config: TrainConfig, corpus: Corpus, command: str) -> dict[str, A
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON, whole or not at all. Raises Failure if it cannot be written."""
+    _write(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
+    """Writes these columns of rows that may have more, whole or not at all. Raises Failure if it cannot be written."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    _write(path, text.getvalue())
+
+
+def _write(path: Path, text: str) -> None:
     try:
-        files.write(path, json.dumps(value, indent=1) + "\n")
+        files.write(path, text)
     except OSError as error:
         raise Failure(f"cannot write {path}: {error.strerror}; free some space and call again") from error
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -14,15 +12,18 @@ import numpy as np
 
 from ..analysis.draw.figures import save
 from ..analysis.draw.scaling_figure import scaling_figure
-from ..errors import Failure, UsageError
+from ..errors import UsageError
 from ..model import DecoderConfig
 from ..run.config import TrainConfig
-from .grid import Cell, opened, provenance, run_grid, write_json
+from ..text_table import markdown
+from .experiment import Experiment, conducted
+from .grid import Cell, write_csv, write_json
 from .power_law import PowerLaw, bootstrap, compute_advantage, fit_power_law, interval
 
 FLOP_UNIT = 1e12
 MATCHED = 0.1  # largest difference of FLOPs a token to the baseline's at equal size
 DRAWS = 1000
+COLUMNS = ("size", "residual", "seed", "parameters", "tokens", "compute_tflop", "val_loss")
 
 
 @dataclass(frozen=True)
@@ -38,28 +39,48 @@ class Size:
     def name(self) -> str:
         return f"{self.width}x{self.blocks}"
 
+    def __str__(self) -> str:
+        return f"{self.name}x{self.heads}@{self.lr:g}"
+
+    @classmethod
+    def read(cls, text: str) -> Size:
+        """The size that WIDTHxBLOCKSxHEADS@LR spells. Raises UsageError."""
+        try:
+            shape, rate = text.split("@")
+            width, blocks, heads = (int(part) for part in shape.split("x"))
+            return cls(width, blocks, heads, float(rate))
+        except ValueError as error:
+            raise UsageError(f"--sizes must be WIDTHxBLOCKSxHEADS@LR, such as 64x5x4@3e-3; it is {text!r}") from error
+
 
 @dataclass
-class ScalingConfig:
+class ScalingConfig(Experiment):
     """The grid. `train` is what every run shares; a size sets the shape, the learning rate and the steps."""
 
-    train: TrainConfig
-    sizes: tuple[Size, ...]
+    sizes: tuple[Size, ...] = ()
+    """Sizes as WIDTHxBLOCKSxHEADS@LR, separated by commas; a size's learning rate serves all residual connections."""
     residuals: tuple[str, ...] = ("prenorm", "block_attnres", "full_attnres")
-    """Residual connections; the first is the baseline, whose hyper-parameters all use."""
+    """Residual connections, separated by commas; the first is the baseline."""
     seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds, separated by commas; several show mean and spread."""
     tokens_per_parameter: float = 3.0
     """Training tokens of a size, per activated parameter (without embeddings) of the baseline."""
-    jobs: int = 1
-    minutes: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("sizes", "residuals", "seeds"):
-            values = getattr(self, name)
-            if not values or len(set(values)) != len(values):
-                raise UsageError(f"{name} must name at least one, each once; it is {', '.join(map(str, values))!r}")
+        super().__post_init__()
         if not self.tokens_per_parameter > 0:
             raise UsageError(f"tokens_per_parameter must be positive; it is {self.tokens_per_parameter}")
+
+    def places(self) -> list[tuple[Size, str, int]]:
+        """Size, residual connection and seed of every run, smallest sizes first."""
+        sizes = sorted(self.sizes, key=self.compute)
+        return [(size, name, seed) for size in sizes for seed in self.seeds for name in self.residuals]
+
+    def cells(self) -> list[Cell]:
+        return [
+            Cell(f"{size.name}, {name}, seed {seed}", dataclasses.replace(self.run(size, name, seed), keep=1))
+            for size, name, seed in self.places()
+        ]
 
     def run(self, size: Size, residual: str, seed: int) -> TrainConfig:
         """One training of the grid."""
@@ -102,15 +123,8 @@ class ScalingConfig:
                     )
 
     def _model(self, size: Size, residual: str) -> DecoderConfig:
-        return DecoderConfig(
-            vocab_size=self.train.model.vocab_size,
-            hidden_size=size.width,
-            num_hidden_layers=size.blocks,
-            num_attention_heads=size.heads,
-            max_position_embeddings=max(512, self.train.context),
-            initializer_range=round(0.7 * size.width**-0.5, 3),
-            residual=residual,
-        )
+        shape = dict(num_hidden_layers=size.blocks, num_attention_heads=size.heads)
+        return self.sized(size.width, residual, **shape)
 
     def _activated(self, size: Size) -> int:
         return self._model(size, self.residuals[0]).parameter_counts()["activated"]
@@ -123,29 +137,22 @@ def scaling(config: ScalingConfig, command: str = "") -> dict[str, Any]:
     run, Failure where runs fail or time is up.
     """
     out = config.train.out
-    config.check()
-    with opened(config.train) as (train, corpus):
-        config = dataclasses.replace(config, train=train)
-        config.check()
-        sizes = sorted(config.sizes, key=config.compute)
-        plan = [(size, name, seed) for size in sizes for seed in config.seeds for name in config.residuals]
-        cells = [
-            Cell(f"{size.name}, {name}, seed {seed}", dataclasses.replace(config.run(size, name, seed), keep=1))
-            for size, name, seed in plan
-        ]
-        found = run_grid(cells, jobs=config.jobs, minutes=config.minutes, keep_checkpoints=False)
-        runs = [{"size": size.name, **result} for (size, _, _), result in zip(plan, found, strict=True)]
+    with conducted(config, command) as (config, found, head):
+        runs = [{"size": size.name, **result} for (size, *_), result in zip(config.places(), found, strict=True)]
+        sizes = list(dict.fromkeys(size for size, *_ in config.places()))
+        compute = {size.name: config.compute(size) / FLOP_UNIT for size in sizes}
         results = {
-            **provenance(train, corpus, command),
+            **head,
             "jobs": config.jobs,
             "tokens_per_parameter": config.tokens_per_parameter,
             "baseline": config.residuals[0],
             "sizes": [_described(config, size) for size in sizes],
             "runs": runs,
-            **analyse(runs, {size.name: config.compute(size) / FLOP_UNIT for size in sizes}, config.residuals),
+            **analyse(runs, compute, config.residuals),
         }
         write_json(out / "results.json", results)
-        _write_csv(out / "table.csv", results)
+        rows = [{**run, "compute_tflop": compute[run["size"]]} for run in runs]
+        write_csv(out / "table.csv", rows, COLUMNS)
         save(scaling_figure(results), out / "figures", "scaling")
     return results
 
@@ -225,42 +232,24 @@ def _described(config: ScalingConfig, size: Size) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> str:
     """Losses by size and fits as tables in Markdown."""
     names = list(dict.fromkeys(run["residual"] for run in results["runs"]))
-    lines = ["| size | activated | tokens | TFLOP | " + " | ".join(names) + " |", "|---" * (4 + len(names)) + "|"]
+    sizes = [["size", "activated", "tokens", "TFLOP", *names]]
     for size in results["sizes"]:
-        cells = [
-            size["size"],
-            f"{size['activated_parameters']:,}",
-            f"{size['tokens']:,}",
-            f"{size['compute_tflop']:.3g}",
-        ]
+        counts = [f"{size['activated_parameters']:,}", f"{size['tokens']:,}", f"{size['compute_tflop']:.3g}"]
+        sizes.append([size["size"], *counts])
         for name in names:
             own = [r["val_loss"] for r in results["runs"] if (r["size"], r["residual"]) == (size["size"], name)]
-            cells.append(f"{mean(own):.4f}" + (f" ({min(own):.4f} .. {max(own):.4f})" if len(own) > 1 else ""))
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "| fit | residual | A | alpha | irreducible | compute advantage |", "|---|---|---|---|---|---|"]
+            spread = f" ({min(own):.4f} .. {max(own):.4f})" if len(own) > 1 else ""
+            sizes[-1].append(f"{mean(own):.4f}{spread}")
+    laws = [["fit", "residual", "A", "alpha", "irreducible", "compute advantage"]]
     for kind, fits in results["fits"].items():
         for fit in fits:
-            values = [
-                "{:.3f} ({:.3f} .. {:.3f})".format(fit["A"], *fit["A_interval"]),
-                "{:.4f} ({:.4f} .. {:.4f})".format(fit["alpha"], *fit["alpha_interval"]),
-                "{:.3f} ({:.3f} .. {:.3f})".format(fit["irreducible"], *fit["irreducible_interval"])
-                if kind == "with_irreducible"
-                else "",
-                "" if fit["residual"] == results["baseline"]
-                else "{:.2f}x ({:.2f} .. {:.2f})".format(fit["advantage"], *fit["advantage_interval"]),
-            ]  # fmt: skip
-            lines.append("| " + " | ".join([kind.replace("_", " "), fit["residual"], *values]) + " |")
-    return "\n".join(lines)
+            irreducible = _within(fit, "irreducible", ".3f") if kind == "with_irreducible" else ""
+            gain = "" if fit["residual"] == results["baseline"] else _within(fit, "advantage", ".2f", "x")
+            numbers = [_within(fit, "A", ".3f"), _within(fit, "alpha", ".4f"), irreducible, gain]
+            laws.append([kind.replace("_", " "), fit["residual"], *numbers])
+    return "\n".join([*markdown(sizes), "", *markdown(laws)])
 
 
-def _write_csv(path: Path, results: dict[str, Any]) -> None:
-    columns = ("size", "residual", "seed", "parameters", "tokens", "compute_tflop", "val_loss")
-    try:
-        with path.open("w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(columns)
-            for run in results["runs"]:
-                values = {**run, "compute_tflop": results["compute"][run["size"]]}
-                writer.writerow([values[name] for name in columns])
-    except OSError as error:
-        raise Failure(f"cannot write {path}: {error.strerror}; free some space and call again") from error
+def _within(fit: dict[str, Any], name: str, digits: str, unit: str = "") -> str:
+    low, high = fit[f"{name}_interval"]
+    return f"{fit[name]:{digits}}{unit} ({low:{digits}} .. {high:{digits}})"

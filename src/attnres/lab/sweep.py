@@ -5,53 +5,61 @@ The architecture sweep of "Attention Residuals" (arXiv 2603.15031): d_model / L_
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from ..analysis.draw.figures import save
 from ..analysis.draw.sweep_figure import sweep_figure
-from ..errors import Failure, UsageError
+from ..errors import UsageError
 from ..model import DecoderConfig
 from ..run.config import TrainConfig
-from .grid import Cell, opened, provenance, run_grid, write_json
+from .experiment import Experiment, conducted
+from .grid import Cell, write_csv, write_json
 
 MATCHED = 0.05  # largest part by which parameters or compute may differ from the target
+COLUMNS = ("width_ratio", "head_ratio", "residual", "seed", "parameters", "tokens", "val_loss")
 
 
 @dataclass
-class SweepConfig:
+class SweepConfig(Experiment):
     """The grid. `train` is what every run shares; a cell sets the shape and, by its FLOPs a token, the steps."""
 
-    train: TrainConfig
     widths: tuple[float, ...] = (4, 8, 12, 16, 24)
-    """Ratios d_model / L_b."""
+    """Ratios d_model / L_b, separated by commas; the paper has 15,30,45,60,75 at 230M parameters."""
     heads: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7)
-    """Ratios heads / L_b."""
+    """Ratios heads / L_b, separated by commas."""
     residuals: tuple[str, ...] = ("prenorm", "full_attnres")
-    """Residual connections; the first is the baseline."""
-    seeds: tuple[int, ...] = (0,)
+    """Residual connections, separated by commas; the first is the baseline."""
     parameters: int = 300_000
     """Activated parameters of the baseline in each cell, without embeddings."""
     compute: float = 1e12
     """Training compute of each run in FLOP, counted on the baseline."""
-    jobs: int = 1
-    minutes: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("widths", "heads", "residuals", "seeds"):
-            values = getattr(self, name)
-            if not values or len(set(values)) != len(values):
-                raise UsageError(f"{name} must name at least one, each once; it is {', '.join(map(str, values))!r}")
+        super().__post_init__()
         for name in ("widths", "heads"):
             if not all(value > 0 for value in getattr(self, name)):
                 raise UsageError(f"{name} must be positive ratios; it is {getattr(self, name)}")
         if self.parameters < 1 or not self.compute > 0:
             raise UsageError(f"parameters and compute must be positive; they are {self.parameters} and {self.compute}")
+
+    def places(self) -> list[tuple[float, float, str, int]]:
+        """The ratios of width and heads, the residual connection and the seed of every cell."""
+        return [
+            (width, heads, name, seed)
+            for seed in self.seeds
+            for width in self.widths
+            for heads in self.heads
+            for name in self.residuals
+        ]
+
+    def cells(self) -> list[Cell]:
+        """Without those that round to a shape that is there already."""
+        runs = {run.out: run for run in (self.run(*place) for place in self.places())}
+        return [Cell(run.out.name.replace("-", ", ", 1), run) for run in runs.values()]
 
     def model(self, width_ratio: float, head_ratio: float, residual: str) -> DecoderConfig:
         """The shape of a cell: rounded to whole numbers, and the MLP's inner width takes up what is left."""
@@ -65,17 +73,8 @@ class SweepConfig:
                 f"{self.parameters:,} parameters leave no room for an MLP at d_model/L_b {width_ratio:g} and heads/L_b "
                 f"{head_ratio:g}; leave this ratio out or raise parameters"
             )
-        return DecoderConfig(
-            vocab_size=self.train.model.vocab_size,
-            hidden_size=width,
-            num_hidden_layers=blocks,
-            num_attention_heads=heads,
-            head_dim=head_dim,
-            intermediate_size=inner,
-            max_position_embeddings=max(512, self.train.context),
-            initializer_range=round(0.7 * width**-0.5, 3),
-            residual=residual,
-        )
+        shape = dict(num_hidden_layers=blocks, num_attention_heads=heads, head_dim=head_dim, intermediate_size=inner)
+        return self.sized(width, residual, **shape)
 
     def run(self, width_ratio: float, head_ratio: float, residual: str, seed: int) -> TrainConfig:
         """One training of the grid. Cells that round to one shape share it."""
@@ -122,27 +121,14 @@ def sweep(config: SweepConfig, command: str = "") -> dict[str, Any]:
     Raises UsageError for bad input before any run, Failure where runs fail or time is up.
     """
     out = config.train.out
-    config.check()
-    with opened(config.train) as (train, corpus):
-        config = dataclasses.replace(config, train=train)
-        config.check()
-        plan = [
-            (width, heads, name, seed)
-            for seed in config.seeds
-            for width in config.widths
-            for heads in config.heads
-            for name in config.residuals
-        ]
-        trainings = [config.run(*place) for place in plan]
-        cells = {run.out: Cell(run.out.name.replace("-", ", ", 1), run) for run in trainings}
-        found = run_grid(list(cells.values()), jobs=config.jobs, minutes=config.minutes, keep_checkpoints=False)
-        by_folder = dict(zip(cells, found, strict=True))
+    with conducted(config, command) as (config, found, head):
+        by_folder = dict(zip((cell.config.out for cell in config.cells()), found, strict=True))
         runs = [
-            {"width_ratio": width, "head_ratio": heads, **by_folder[run.out]}
-            for (width, heads, _, _), run in zip(plan, trainings, strict=True)
+            {"width_ratio": width, "head_ratio": heads, **by_folder[config.run(width, heads, name, seed).out]}
+            for width, heads, name, seed in config.places()
         ]
         results = {
-            **provenance(train, corpus, command),
+            **head,
             "jobs": config.jobs,
             "baseline": config.residuals[0],
             "parameters": config.parameters,
@@ -154,7 +140,7 @@ def sweep(config: SweepConfig, command: str = "") -> dict[str, Any]:
             "best": {name: best(runs, name) for name in config.residuals},
         }
         write_json(out / "results.json", results)
-        _write_csv(out / "table.csv", runs)
+        write_csv(out / "table.csv", runs, COLUMNS)
         save(sweep_figure(results), out / "figures", "sweep")
     return results
 
@@ -188,30 +174,11 @@ def summary(results: dict[str, Any]) -> str:
 
 def _described(config: SweepConfig, width: float, heads: float) -> dict[str, Any]:
     run = config.run(width, heads, config.residuals[0], config.seeds[0])
+    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "intermediate_size")
     return {
         "width_ratio": width,
         "head_ratio": heads,
-        **{
-            name: getattr(run.model, name)
-            for name in (
-                "hidden_size",
-                "num_hidden_layers",
-                "num_attention_heads",
-                "head_dim",
-                "intermediate_size",
-            )
-        },
+        **{name: getattr(run.model, name) for name in sizes},
         "activated_parameters": run.model.parameter_counts()["activated"],
         "tokens": run.steps * run.tokens_per_step,
     }
-
-
-def _write_csv(path: Path, runs: Sequence[dict[str, Any]]) -> None:
-    columns = ("width_ratio", "head_ratio", "residual", "seed", "parameters", "tokens", "val_loss")
-    try:
-        with path.open("w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(columns)
-            writer.writerows([run[name] for name in columns] for run in runs)
-    except OSError as error:
-        raise Failure(f"cannot write {path}: {error.strerror}; free some space and call again") from error
