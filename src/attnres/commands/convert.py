@@ -9,15 +9,16 @@ from pathlib import Path
 
 from ..hf.convert.folder import convert_folder
 from . import flags
+from .fields import POSITIONAL
 
 
 @dataclass
 class ConvertFlags:
     """Turn a pretrained Hugging Face model into an AttnRes model that computes the same, ready to be trained on."""
 
-    src: Path = field(metadata=flags.POSITIONAL)
+    src: Path = field(metadata=POSITIONAL)
     """Folder of the model: config.json and safetensors weights."""
-    dst: Path = field(metadata=flags.POSITIONAL)
+    dst: Path = field(metadata=POSITIONAL)
     """Folder to write; must not exist yet, or be empty."""
     residual: str = "block_attnres"
     """Residual connection of the result: block_attnres or full_attnres."""

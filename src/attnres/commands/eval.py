@@ -8,13 +8,14 @@ from pathlib import Path
 
 from ..evaluate.tasks import evaluate, table
 from . import flags
+from .fields import POSITIONAL
 
 
 @dataclass
 class EvalFlags:
     """Measure a model: perplexity on a text file, tasks of lm-eval, or both."""
 
-    model: Path = field(metadata=flags.POSITIONAL)
+    model: Path = field(metadata=POSITIONAL)
     """Folder of a run, of a Hugging Face model or of a converted one."""
     tasks: tuple[str, ...] = ()
     """Tasks of lm-eval, separated by commas; needs the [eval] extra."""

@@ -21,6 +21,7 @@ from ..run import hardware
 from ..run.checkpoint import flat
 from ..run.folder import load_run
 from . import flags
+from .fields import POSITIONAL
 
 
 @dataclass
@@ -28,7 +29,7 @@ class GenerateFlags:
     """Continue a text with a model that `attnres train` made. Under torchrun its processes share the model: each has a
     part of every matrix."""
 
-    run: Path = field(metadata=flags.POSITIONAL)
+    run: Path = field(metadata=POSITIONAL)
     """Folder of the run."""
     prompt: str = "def "
     """Text to continue."""

@@ -18,13 +18,14 @@ from ..analysis.inspect_model import check_folder, encode, open_model, read_inpu
 from ..analysis.measure.inspect import Inspection, inspect
 from ..errors import UsageError
 from . import flags
+from .fields import POSITIONAL
 
 
 @dataclass
 class InspectFlags:
     """See where the layers of a trained model listen, token by token, and what each source is worth: an HTML page."""
 
-    model: Path = field(metadata=flags.POSITIONAL)
+    model: Path = field(metadata=POSITIONAL)
     """Folder of a run of attnres train, or of a native or converted Hugging Face model."""
     text: str | None = None
     """Text that the model reads."""

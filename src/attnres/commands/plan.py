@@ -20,6 +20,7 @@ from ..run.config import TrainConfig
 from ..run.folder import read_config
 from ..text_table import columns
 from . import flags
+from .fields import POSITIONAL
 from .train import TrainFlags
 
 
@@ -33,7 +34,7 @@ class PlanFlags(TrainFlags):
     The run is that of a folder, or the one that `attnres train` would start with the same flags.
     """
 
-    run: Path | None = field(default=None, metadata=flags.POSITIONAL)
+    run: Path | None = field(default=None, metadata=POSITIONAL)
     """Folder of a run, whose settings are the defaults."""
     inference: bool = False
     """Plan reading a prompt of --context tokens, not training."""

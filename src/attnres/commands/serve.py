@@ -9,13 +9,14 @@ from pathlib import Path
 
 from ..errors import Failure, UsageError
 from . import flags
+from .fields import POSITIONAL
 
 
 @dataclass
 class ServeFlags:
     """Answer OpenAI-compatible requests with a model: /v1/completions and /v1/chat/completions."""
 
-    model: Path = field(metadata=flags.POSITIONAL)
+    model: Path = field(metadata=POSITIONAL)
     """Folder of a run, of a Hugging Face model or of a converted one."""
     host: str = "127.0.0.1"
     """Address to listen on; the default is reachable from this machine alone."""
