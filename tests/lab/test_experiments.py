@@ -111,6 +111,7 @@ def test_scaling_refuses_before_any_run(changes, message):
         ("lab nothing", "there is no experiment 'nothing'; there are"),
         ("lab scaling --sizes 64x4@3e-3", "--sizes must be WIDTHxBLOCKSxHEADS@LR, such as 64x5x4@3e-3"),
         ("lab scaling --preset huge", "--preset must be one of cpu, small-gpu; it is 'huge'"),
+        ("lab sweep --seeds 0,a", "--seeds must be whole numbers separated by commas; it is '0,a'"),
         ("lab dynamics --jobs 0", "jobs must be a positive whole number; it is 0"),
     ],
 )

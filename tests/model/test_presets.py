@@ -5,7 +5,7 @@ import torch
 
 from attnres.commands.flags import shape_of
 from attnres.errors import UsageError
-from attnres.model import Decoder, DecoderConfig, DecoderShape, preset, presets
+from attnres.model import Decoder, DecoderConfig, preset, presets
 
 SCALING = {"attnres-194m": 194, "attnres-241m": 241, "attnres-296m": 296, "attnres-436m": 436, "attnres-528m": 528}
 
@@ -56,8 +56,8 @@ def test_operations_of_every_kind_by_hand():
 def test_presets_reopen_as_flags_show_them(name):
     config = preset(name)
     sizes = {name.removeprefix("model."): value for name, value in shape_of(config).items()}
-    shape = DecoderShape(**sizes)
-    assert all(getattr(config, field) == value for field, value in vars(shape).items())
+    shape = DecoderConfig(**sizes)
+    assert all(getattr(config, name) == getattr(shape, name) for name in sizes)
 
 
 def test_open_sizes_follow_others():

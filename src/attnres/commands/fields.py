@@ -15,7 +15,7 @@ from dataclasses import MISSING, dataclass
 from typing import Any
 
 from ..errors import UsageError
-from ..model import DecoderConfig, DecoderShape
+from ..model import DecoderConfig
 from ..run.config import TrainConfig
 from .kinds import Kind, kind_of
 from .residual_flags import residual_options
@@ -79,12 +79,12 @@ def flags_of(cls: Any, prefix: str = "") -> Iterator[Flag]:
     for f in dataclasses.fields(cls):
         hint, name = hints[f.name], f"{prefix}{f.name}"
         if hint is DecoderConfig:
-            yield from flags_of(DecoderShape, "model.")
+            yield from flags_of(hint, "model.")
             for option, (kind, default, help_text) in residual_options().items():
                 yield Flag(f"residual.{option}", kind, default, functools.partial(str, help_text))
         elif dataclasses.is_dataclass(hint):
             yield from flags_of(hint, "" if hint is TrainConfig else f"{name}.")
-        elif f.init and typing.get_origin(hint) is not dict:
+        elif typing.get_origin(hint) is not dict and name != "model.residual":
             default = f.default if f.default_factory is MISSING else f.default_factory()
             text = functools.partial(_text, cls, f)
             yield Flag(name, hint, default, text, f.metadata.get("positional", False))

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import yaml
 
 from ..errors import UsageError
-from ..model import DecoderConfig, DecoderShape, preset, presets
+from ..model import DecoderConfig, preset, presets
 from ..run.config import TrainConfig
 from .fields import Flag, flags_of
 
@@ -146,12 +146,13 @@ def values_of(instance: Any, prefix: str = "") -> Values:
 
 def shape_of(model: DecoderConfig) -> Values:
     """Its shape, with the sizes that follow from others left open, so that flags move those too."""
-    sizes = {f.name: getattr(model, f.name) for f in dataclasses.fields(DecoderShape)}
+    fields = [f for f in dataclasses.fields(DecoderConfig) if not f.name.startswith("residual")]
+    sizes = {f.name: getattr(model, f.name) for f in fields}
     shape = dict(sizes)
-    for name in (f.name for f in dataclasses.fields(DecoderShape) if f.default is None):
+    for name in (f.name for f in fields if f.default is None):
         if name == "head_dim" and sizes[name] * model.num_attention_heads != model.hidden_size:
             continue  # without it the heads may not fit
-        if getattr(DecoderShape(**{**sizes, name: None}), name) == sizes[name]:
+        if getattr(DecoderConfig(**{**sizes, name: None}), name) == sizes[name]:
             shape[name] = None
     return {f"model.{name}": value for name, value in shape.items()}
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from ..analysis.draw.ablation_figure import block_size_figure
 from ..analysis.draw.figures import save
-from ..model import DecoderShape
+from ..model import DecoderConfig
 from ..text_table import markdown
 from .experiment import Experiment, conducted
 from .grid import Cell, write_csv, write_json
@@ -30,7 +30,7 @@ SIZES = {2: 1.746, 4: 1.746, 8: 1.748, 16: 1.753, 32: 1.757}
 """Block sizes of the sweep, in layers, with the paper's losses."""
 
 
-def rows(model: DecoderShape) -> list[Row]:
+def rows(model: DecoderConfig) -> list[Row]:
     """The rows of the paper that fit the model: a block has at most half of the layers, and heads divide the width."""
     heads = math.gcd(16, model.hidden_size)
     found = [
