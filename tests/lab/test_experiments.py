@@ -112,6 +112,13 @@ def test_scaling_refuses_before_any_run(changes, message):
         ("lab scaling --sizes 64x4@3e-3", "--sizes must be WIDTHxBLOCKSxHEADS@LR, such as 64x5x4@3e-3"),
         ("lab scaling --preset huge", "--preset must be one of cpu, small-gpu; it is 'huge'"),
         ("lab sweep --seeds 0,a", "--seeds must be whole numbers separated by commas; it is '0,a'"),
+        ("lab sweep --widths 1e400", "widths must be positive ratios, 1e-6 to 1e6; it is (inf,)"),
+        ("lab sweep --compute 1e400", "parameters and compute must be positive"),
+        (
+            "lab scaling --sizes 0x4x2@1e-3,48x4x2@1e-3,64x5x4@1e-3",
+            "hidden_size must be a positive whole number; it is 0",
+        ),
+        ("lab scaling --tokens-per-parameter 1e400", "tokens_per_parameter must be positive, at most 1e9; it is inf"),
         ("lab dynamics --jobs 0", "jobs must be a positive whole number; it is 0"),
     ],
 )

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from ..errors import UsageError
 from ..model import DecoderConfig
+from ..model.config import MOST
 from ..run.config import TrainConfig
 from .grid import Cell, check_limits, opened, provenance, run_grid
 from .worker import Measure, train_and_probe
@@ -56,7 +57,7 @@ class Experiment:
             vocab_size=self.train.model.vocab_size,
             hidden_size=width,
             max_position_embeddings=max(512, self.train.context),
-            initializer_range=round(0.7 * width**-0.5, 3),
+            initializer_range=round(0.7 * min(max(1, width), MOST) ** -0.5, 3),
             residual=residual,
             **shape,
         )

@@ -38,6 +38,9 @@ from .worker import Measure, send_result, train_and_probe
 # what runs import late, if they do; importing it with torch takes as long as a short run
 IMPORTED_BEFORE = ("attnres.lab.worker", "torch._dynamo", "tensorboard.summary.writer.record_writer")
 
+LONGEST_WAIT = 86400.0
+"""Seconds; the system call that waits takes no more than some weeks."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -134,11 +137,11 @@ class _Grid:
         while self.waiting or self.running:
             while self.waiting and len(self.running) < self.jobs:
                 self._start(self.waiting.pop(0))
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            left = None if deadline is None else min(LONGEST_WAIT, max(0.0, deadline - time.monotonic()))
             ready = wait(list(self.running), left)
             for receiver in ready:
                 self._take(receiver)
-            if not ready and deadline is not None:
+            if deadline is not None and not ready and time.monotonic() >= deadline:
                 self.stop()
                 raise Failure(f"time is up with {len(self.results)} of {len(self.cells)} runs finished; call again")
         if self.failures:

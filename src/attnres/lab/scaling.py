@@ -68,8 +68,8 @@ class ScalingConfig(Experiment):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.tokens_per_parameter > 0:
-            raise UsageError(f"tokens_per_parameter must be positive; it is {self.tokens_per_parameter}")
+        if not 0 < self.tokens_per_parameter <= 1e9:
+            raise UsageError(f"tokens_per_parameter must be positive, at most 1e9; it is {self.tokens_per_parameter}")
 
     def places(self) -> list[tuple[Size, str, int]]:
         """Size, residual connection and seed of every run, smallest sizes first."""

@@ -6,6 +6,7 @@ The architecture sweep of "Attention Residuals" (arXiv 2603.15031): d_model / L_
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
@@ -15,6 +16,7 @@ from ..analysis.draw.figures import save
 from ..analysis.draw.sweep_figure import sweep_figure
 from ..errors import UsageError
 from ..model import DecoderConfig
+from ..model.config import MOST_ELEMENTS
 from ..run.config import TrainConfig
 from .experiment import Experiment, conducted
 from .grid import Cell, write_csv, write_json
@@ -41,10 +43,13 @@ class SweepConfig(Experiment):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("widths", "heads"):
-            if not all(value > 0 for value in getattr(self, name)):
-                raise UsageError(f"{name} must be positive ratios; it is {getattr(self, name)}")
-        if self.parameters < 1 or not self.compute > 0:
-            raise UsageError(f"parameters and compute must be positive; they are {self.parameters} and {self.compute}")
+            if not all(1e-6 <= value <= 1e6 for value in getattr(self, name)):
+                raise UsageError(f"{name} must be positive ratios, 1e-6 to 1e6; it is {getattr(self, name)}")
+        if not (1 <= self.parameters <= MOST_ELEMENTS and 0 < self.compute < math.inf):
+            raise UsageError(
+                f"parameters and compute must be positive, parameters at most {MOST_ELEMENTS}; they are "
+                f"{self.parameters} and {self.compute}"
+            )
 
     def places(self) -> list[tuple[float, float, str, int]]:
         """The ratios of width and heads, the residual connection and the seed of every cell."""
