@@ -40,7 +40,7 @@ def _start(given: flags.Values) -> flags.Values:
 
 def comparison(given: flags.Given) -> CompareConfig:
     """The comparison that the flags describe."""
-    names = given["residuals"] or CompareConfig.residuals
+    names = given["residuals"] or CompareConfig.residuals  # an empty list is refused below
     options = options_of(names, given.residual_options())
     return given.make(
         CompareConfig,
