@@ -28,7 +28,8 @@ def small(corpus_file):
 
 def test_scaling_goes_on_after_a_kill_and_fits(server, small, tmp_path):
     sizes = "32x4x2@5e-3,48x4x2@4e-3,64x5x4@3e-3"
-    command = ["lab", "scaling", *small, "--sizes", sizes, "--tokens-per-parameter", 0.004, "--seeds", 0]
+    command = ["lab", "scaling", *small, "--sizes", sizes, "--tokens-per-parameter", 0.004, "--seeds", 0,
+               "--minutes", "1e400"]  # fmt: skip
     end = server.run(*command, "--out", tmp_path, patch=in_run("full_attnres", 2, "os.kill(os.getpid(), 9)"))
     assert (end.status, "failed" in said(end) and "ended with exit code -9" in said(end)) == (1, True)
     end = server.run(*command, "--out", tmp_path, patch=FORK)
@@ -118,12 +119,14 @@ def test_scaling_refuses_before_any_run(changes, message):
             "lab scaling --sizes 0x4x2@1e-3,48x4x2@1e-3,64x5x4@1e-3",
             "hidden_size must be a positive whole number; it is 0",
         ),
+        ("lab sweep --context=0", "context must be a positive whole number; it is 0"),
         ("lab scaling --tokens-per-parameter 1e400", "tokens_per_parameter must be positive, at most 1e9; it is inf"),
         ("lab dynamics --jobs 0", "jobs must be a positive whole number; it is 0"),
     ],
 )
 def test_bad_flags(server, small, tmp_path, argv, message):
-    end = server.run(*argv.split(), *(small if argv.count(" ") > 1 else []), "--out", tmp_path / "out")
+    experiment, bad = argv.split()[:2], argv.split()[2:]
+    end = server.run(*experiment, *(small if bad else []), *bad, "--out", tmp_path / "out")
     assert (end.status, message in said(end)) == (2, True), end.err
 
 

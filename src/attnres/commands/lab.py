@@ -19,6 +19,7 @@ from ..lab.scaling import ScalingConfig, Size, scaling
 from ..lab.scaling import table as scaling_table
 from ..lab.sweep import SweepConfig, summary, sweep
 from ..model import DecoderConfig, preset
+from ..model.config import MOST
 from ..run.config import TrainConfig
 from . import flags
 from .compare import comparison
@@ -155,7 +156,8 @@ def _named(presets: dict[str, flags.Values], given: flags.Values) -> flags.Value
 
 def _without_shape(given: flags.Given) -> TrainConfig:
     """What the runs share where the experiment makes their shapes."""
-    return given.make(TrainConfig, model=DecoderConfig(max_position_embeddings=given["context"]))
+    longest = min(max(1, given["context"]), MOST)  # TrainConfig refuses what lies beyond, by its own name
+    return given.make(TrainConfig, model=DecoderConfig(max_position_embeddings=longest))
 
 
 def _tell(text: str, given: flags.Given) -> None:
