@@ -27,6 +27,7 @@ BAD_FLAGS = {
     "--device nowhere": "device 'nowhere' cannot be used here; try auto or cpu",
     "--model.num-attention-heads 3": "num_attention_heads must divide hidden_size",
     "--model.max-position-embeddings 16": "context must be at most the model's max_position_embeddings, 16; it is 32",
+    "--model.initializer-range nan": "initializer_range must be zero or positive; it is nan",
     "--preset huge": "preset 'huge' is unknown; known: tiny",
     "--tokenizer train:5": "VOCAB in train:VOCAB must be a whole number of at least 257",
     "--data missing.txt": "--data 'missing.txt' does not exist",

@@ -107,6 +107,8 @@ class DecoderShape:
             raise UsageError(f"head_dim must be even for rotary embeddings; it is {self.head_dim}")
         if not self.rms_norm_eps >= 0:
             raise UsageError(f"rms_norm_eps must be zero or positive; it is {self.rms_norm_eps}")
+        if not 0 <= self.initializer_range < float("inf"):
+            raise UsageError(f"initializer_range must be zero or positive; it is {self.initializer_range}")
         self._set_attention()
         self._set_experts()
         self._check_elements()
