@@ -4,7 +4,6 @@
 `attnres.model.Decoder`, those of the base model behind "model.".
 """
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from ..model.decoder import Backbone, expert_std, initial_std
 from ..model.layers.experts import MixtureOfExperts
 from ..model.layers.gqa import Context, lengths_vary, rotary_factors
 from ..model.layers.kda import KimiDeltaAttention
-from ..model.token_shards import hidden_over_processes
 from ..residual import Residual, State
 from ..run.export import open_run
 from .attention import attend_by_config
@@ -223,7 +221,8 @@ class AttnResModel(AttnResPreTrainedModel, Backbone):
         reads: list[Tensor] = []
 
         def observe(state: State, layer: int) -> None:
-            reads.append(rows_on(self.residual, inputs_embeds.device).read(state, layer)[0])
+            if layer % 2 == 0:
+                reads.append(rows_on(self.residual, inputs_embeds.device).read(state, layer)[0])
 
         attend = partial(
             attend_by_config,
@@ -233,10 +232,7 @@ class AttnResModel(AttnResPreTrainedModel, Backbone):
         )
         assert self.config.head_dim is not None
         cos, sin = rotary_factors(position_ids, self.config.head_dim, self.config.rope_theta)
-        run: Callable[..., Tensor] = hidden_across_devices if is_dispatched(self) else Backbone.hidden
         shards = shards_of(self, inputs_embeds.shape[1])
-        if shards is not None:
-            run = partial(hidden_over_processes, shards=shards)
         context = Context(
             cos,
             sin,
@@ -249,7 +245,11 @@ class AttnResModel(AttnResPreTrainedModel, Backbone):
             present=_present(padding, inputs_embeds),
             cu_seqlens=None if packing is None else packing.cu_seqlens,
         )
-        hidden = run(self, inputs_embeds, context, observe if output_hidden_states else None)
+        watch = observe if output_hidden_states else None
+        if shards is None and is_dispatched(self):
+            hidden = hidden_across_devices(self, inputs_embeds, context, watch)
+        else:
+            hidden = self.hidden(inputs_embeds, context, watch, shards)
         if shards is not None:
             reads = [shards.gather(read) for read in reads]
         return BaseModelOutputWithPast(

@@ -7,7 +7,7 @@ backward pass. `attnres.model.token_shards` says what travels when.
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, distributed, nn
@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
 from ..model import Decoder
-from ..model.token_shards import TokenShards, hidden_over_processes
+from ..model.token_shards import TokenShards
 from .config import ParallelConfig
 from .tensor import split_parameters
 
@@ -37,11 +37,7 @@ def apply(model: Decoder, mesh: DeviceMesh) -> None:
         for module, name, dim in list(split_parameters(layer)):
             module.register_parameter(name, _own_part(module.get_parameter(name), dim, group))
     _split_vocabulary(model, group)
-
-    def hidden(embedding: Tensor, *args: Any) -> Tensor:
-        return hidden_over_processes(model, embedding, *args, shards=TokenShards(group, embedding.shape[1]))
-
-    model.hidden = hidden  # type: ignore[method-assign, assignment]
+    model.split_tokens = partial(TokenShards, group)
 
 
 def _own_part(whole: Tensor, dim: int, group: ProcessGroup) -> nn.Parameter:

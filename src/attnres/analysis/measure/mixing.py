@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ...errors import UsageError
 from ...model.decoder import Backbone
+from ...model.loop import run
 from ...residual import Residual
 from .probe import evaluating
 
@@ -108,11 +109,13 @@ def _record(model: nn.Module, backbone: Backbone, input_ids: Tensor) -> list[Ten
 @torch.no_grad()
 def _replay(residual: Residual, values: tuple[Tensor, ...]) -> list[Tensor]:
     """h_0 .. h_L of the residual connection over recorded v_0 .. v_L."""
-    state, inputs = residual.start(values[0]), []
-    for layer, output in enumerate(values[1:]):
-        h, state = residual.read(state, layer)
+    inputs: list[Tensor] = []
+
+    def call(output: Tensor, h: Tensor) -> Tensor:
         inputs.append(h)
-        state = residual.write(state, layer, output)
+        return output
+
+    state = run(residual, values[1:], residual.start(values[0]), 0, len(values) - 1, call=call)
     return [*inputs, residual.finish(state)]
 
 
