@@ -19,10 +19,8 @@ from ..residual import State
 from ..residual.base import gather, release
 from .cache import KeyValueCache
 from .config import DecoderConfig
-from .layer import attention_layer, feed_forward_layer
-from .layers.experts import MixtureOfExperts
+from .layer import Layer
 from .layers.gqa import Cache, Context, rotary_factors
-from .layers.kda import KimiDeltaAttention
 from .loop import input_norm, run
 
 if TYPE_CHECKING:
@@ -46,9 +44,7 @@ class Backbone(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.residual = config.build_residual()
         self.layers = nn.ModuleList(
-            layer
-            for block in range(config.num_hidden_layers)
-            for layer in (attention_layer(config, block), feed_forward_layer(config, block))
+            kind.from_config(config, layer // 2) for layer, kind in enumerate(config.layer_kinds)
         )
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not self.residual.pre_norm:
@@ -122,6 +118,11 @@ class Backbone(nn.Module):
     def enable_checkpointing(self, enabled: bool = True) -> None:
         """Recompute each Transformer block in the backward pass instead of keeping its activations."""
         self.checkpointing = self.residual.lean = enabled
+
+
+def backbone_of(model: nn.Module) -> Backbone | None:
+    """The decoder of this package in a model, native or Hugging Face's; None in a converted one."""
+    return next((module for module in model.modules() if isinstance(module, Backbone)), None)
 
 
 class Decoder(Backbone):
@@ -219,7 +220,7 @@ def initial_weights(decoder: Decoder, seed: int, device: torch.device) -> Iterat
             yield f"{name}.weight", value.normal_(std=initial_std(decoder, name), generator=generator)
         elif isinstance(module, nn.RMSNorm):
             yield f"{name}.weight", torch.ones(module.weight.shape, dtype=module.weight.dtype, device=device)
-        elif isinstance(module, KimiDeltaAttention | MixtureOfExperts):
+        elif isinstance(module, Layer):
             for own_name, value in module.initial_values(partial(expert_std, decoder), generator, device):
                 yield f"{name}.{own_name}", value
 

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
 from ..model import Decoder
+from ..model.layer import layers_of
 from ..model.token_shards import TokenShards
 from .config import ParallelConfig
 from .tensor import split_parameters
@@ -32,7 +33,7 @@ def apply(model: Decoder, mesh: DeviceMesh) -> None:
     ParallelConfig(tp=mesh.size()).check(mesh.size(), model.config, batch_size=1, context=mesh.size())
     group = mesh.get_group()
     model.requires_grad_(False)
-    for layer in model.layers:
+    for layer in layers_of(model):
         layer.leaves_partial_sums = True  # type: ignore[assignment]
         for module, name, dim in list(split_parameters(layer)):
             module.register_parameter(name, _own_part(module.get_parameter(name), dim, group))

@@ -66,10 +66,10 @@ def borders(config: DecoderConfig, cuts: Sequence[int], shape: tuple[int, ...], 
     ]
 
 
-class Chunk(Backbone):
+class ModelPart(Backbone):
     """The layers first .. last - 1 of a decoder, with the embedding before the first and norm and head after the last.
 
-    The first chunk takes token ids [B, T]; the others take the tensors of `before`. The last returns logits [B, T, V];
+    The first part takes token ids [B, T]; the others take the tensors of `before`. The last returns logits [B, T, V];
     the others return those tensors of `after` that `before` lacks. precision: bfloat16 for autocast to it.
     """
 

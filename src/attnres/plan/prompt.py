@@ -23,12 +23,10 @@ from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..errors import UsageError
+from ..errors import check_counts
 from ..model import Decoder, DecoderConfig
 from ..model.cache import KeyValueCache
-from ..model.layers.gqa import Attention
-from ..model.layers.kda import KDAState, KimiDeltaAttention
-from ..model.layers.latent import MultiHeadLatentAttention
+from ..model.layer import layers_of
 from ..model.loop import input_norm, run
 from ..model.token_shards import TokenShards
 from ..ops.dispatch import shapes_only
@@ -79,9 +77,7 @@ def plan_inference(
 
     Raises UsageError for sizes that are not positive and for a tp that does not divide the heads.
     """
-    for name, size in (("batch_size", rows), ("context", context), ("prefill_chunk", 1 if chunk is None else chunk)):
-        if size < 1:
-            raise UsageError(f"{name} must be a positive whole number; it is {size}")
+    check_counts(batch_size=rows, context=context, prefill_chunk=1 if chunk is None else chunk)
     ParallelConfig(tp=tp).check(tp, config, batch_size=1, context=tp)
     tokens = min(chunk or context, context)
     # the last chunk has the most before it, and a rest of the prompt has fewer tokens than a whole chunk
@@ -250,22 +246,9 @@ def _cache(
 ) -> KeyValueCache:
     """What the layers (or only that one) keep of so many tokens."""
     cache, config = KeyValueCache(), model.config
-    for layer in model.layers:
-        i = getattr(layer, "layer_idx", None)
-        if i is None or tokens == 0 or only not in (None, layer):
-            continue
-        if isinstance(layer, KimiDeltaAttention):
-            width = layer.o_proj.in_features
-            heads, size = width // layer.head_dim, layer.head_dim
-            conv = torch.empty(rows, 3 * width, layer.conv_size - 1, dtype=precision)
-            cache.states[i] = KDAState(conv, torch.empty(rows, heads, size, size, dtype=torch.float32))
-        elif isinstance(layer, MultiHeadLatentAttention):
-            cache.keys[i] = torch.empty(rows, 1, tokens, layer.rank, dtype=precision)
-            cache.values[i] = torch.empty(rows, 1, tokens, layer.shared, dtype=precision)
-        elif isinstance(layer, Attention):
-            heads = layer.k_proj.out_features // layer.head_dim
-            cache.keys[i] = torch.empty(rows, heads, tokens, layer.head_dim, dtype=precision)
-            cache.values[i] = torch.empty_like(cache.keys[i])
+    for layer in layers_of(model):
+        if tokens and only in (None, layer):
+            layer.keep(cache, rows, tokens, precision)
     cache.claim(config)
     return cache
 

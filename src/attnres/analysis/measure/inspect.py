@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import Failure, UsageError
-from ...model.decoder import Backbone
+from ...model.decoder import backbone_of
 from ...residual import DepthAttention, State
 from .leave_out import PARTIAL, Cut, Progress, losses, losses_without
 from .mixing import mixing_matrix
@@ -157,7 +157,7 @@ def _listen(model: nn.Module, residual: DepthAttention, tokens: Tensor) -> tuple
 
 def _mixing(model: nn.Module, residual: DepthAttention, reads: Sequence[Read], tokens: Tensor) -> Tensor:
     """The mean depth mixing matrix; from the weights where `mixing_matrix` cannot solve for it."""
-    if any(isinstance(module, Backbone) for module in model.modules()) and residual.dim > residual.num_layers:
+    if backbone_of(model) is not None and residual.dim > residual.num_layers:
         return mixing_matrix(model, tokens[None])
     size = residual.num_layers + 1
     matrix = torch.zeros(size, size, dtype=torch.float64)

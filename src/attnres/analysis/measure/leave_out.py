@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...model.decoder import Backbone, Decoder
+from ...model.decoder import Decoder, backbone_of
 from ...ops import formulas
 from ...residual import DepthAttention, State
 from ...residual.base import normed
@@ -97,7 +97,7 @@ def losses(model: nn.Module, tokens: Tensor) -> Tensor:
 @contextmanager
 def _starting_at(model: nn.Module, layer: int, state: State) -> Iterator[None]:
     """Within, the model runs from `layer`, the first of a Transformer block, and the state in front of it."""
-    backbone = next((module for module in model.modules() if isinstance(module, Backbone)), None)
+    backbone = backbone_of(model)
     changed: list[tuple[Any, str]] = []
     try:
         if backbone is not None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UsageError
-from ...model.decoder import Backbone
+from ...model.decoder import Backbone, backbone_of
 from ...model.loop import run
 from ...residual import Residual
 from .probe import evaluating
@@ -56,7 +56,7 @@ def mixing_matrices(model: nn.Module, input_ids: Tensor) -> Mixing:
     model: a `Decoder` or a Hugging Face model of this package. Raises UsageError for another, for input_ids that are no
     batch of tokens, and for a model whose width does not exceed its number of layers.
     """
-    backbone = next((module for module in model.modules() if isinstance(module, Backbone)), None)
+    backbone = backbone_of(model)
     if backbone is None:
         raise UsageError(f"model must be a decoder of this package with its residual connection; it is {type(model)}")
     if input_ids.dim() != 2 or input_ids.numel() == 0:
