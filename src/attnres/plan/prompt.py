@@ -85,7 +85,7 @@ def plan_inference(
     with FakeTensorMode(), shapes_only(), torch.no_grad():
         model = _model(share(config, tp), precision)
         if device == "cuda" and getattr(model.residual, "schedule", None) == "auto" and model.residual.fused:
-            model.residual.two_phase = lambda tensor: True  # type: ignore[method-assign, assignment]
+            model.residual.schedule = "two_phase"  # type: ignore[assignment]
         shards = _SilentShards(tp, tokens)
         kinds = {type(layer): layer for layer in model.layers}
         working = {kind: _layer_bytes(model, layer, shards, rows, past, precision) for kind, layer in kinds.items()}

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from ...errors import Failure, UsageError
 from ...model.decoder import backbone_of
 from ...residual import DepthAttention, State
+from ...residual.watch import standing_in
 from .leave_out import PARTIAL, Cut, Progress, losses, losses_without
 from .mixing import mixing_matrix
 from .probe import layer_by_layer
@@ -125,16 +125,6 @@ def sources_of(residual: DepthAttention, state: State, layer: int) -> list[int]:
     return [PARTIAL if name.startswith("partial") else int(name.split()[1]) for name in names]
 
 
-@contextmanager
-def reading(residual: DepthAttention, read: Callable[..., tuple[Tensor, State]]) -> Iterator[None]:
-    """Within, `read` is what the model calls in the place of the residual connection's own."""
-    residual.read = read  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del residual.read
-
-
 def _listen(model: nn.Module, residual: DepthAttention, tokens: Tensor) -> tuple[list[Read], Tensor, dict[int, State]]:
     """(all reads, the loss at every position but the last, the states in front of every second layer)."""
     seen: dict[int, Read] = {}
@@ -150,7 +140,7 @@ def _listen(model: nn.Module, residual: DepthAttention, tokens: Tensor) -> tuple
                 states[layer] = state
         return read(state, layer, norm)
 
-    with reading(residual, look):
+    with standing_in(residual, read=look):
         loss = losses(model, tokens[None])[0]
     return [seen[layer] for layer in range(residual.num_layers + 1)], loss, states
 
