@@ -19,6 +19,7 @@ SHAPE = dict(
     num_key_value_heads=2,
     intermediate_size=24,
     linear_chunk_size=4,
+    sliding_window=3,
     initializer_range=0.3,
     tie_word_embeddings=False,
     residual_options={"num_blocks": 2},

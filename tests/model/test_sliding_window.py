@@ -181,6 +181,8 @@ def test_a_layer_of_ones_own_is_used_by_its_name(monkeypatch):
     early = model(IDS[:, :5])
     torch.testing.assert_close(model(IDS)[:, :5], early, rtol=1e-12, atol=1e-12)
     assert model.config.parameter_counts()["activated"] > 0
+    with pytest.raises(UsageError, match=r"parallel\.tp must be 1 for (Mean|Linear) layers, which do not say how"):
+        plan(model.config, ParallelConfig(tp=2), batch_size=2, context=8)
     with pytest.raises(ValueError, match=r"layer .mean. is already registered, by .*Mean"):
         register("mean")(Linear)
     with pytest.raises(UsageError, match="attention_pattern has the unknown kind 'linear'; known: gqa, mla, kda"):

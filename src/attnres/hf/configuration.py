@@ -66,7 +66,7 @@ class AttnResConfig(PreTrainedConfig, DecoderConfig):  # type: ignore[misc]  # f
     def is_hybrid(self) -> bool:
         """Whether there are layers that are not split by the names in transformers' plan, such as delta attention."""
         plan = type(self).base_model_tp_plan
-        return any(
+        return not all(kind.split for kind in self.layer_kinds) or any(
             (plan.get(f"layers.*.{path.removesuffix('.weight')}"),) != ("colwise", "rowwise")[dim : dim + 1]
             for kind in set(self.layer_kinds)
             for path, dim in kind.split.items()

@@ -8,7 +8,7 @@ each layer's norm, so that a mechanism can fuse it, and runs the layer on what c
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -225,9 +225,6 @@ def initial_weights(decoder: Decoder, seed: int, device: torch.device) -> Iterat
                 yield f"{name}.{own_name}", value
 
 
-_ROLES = {"o_proj": "output", "down_proj": "output", "q_proj": "query_key", "k_proj": "query_key"}
-
-
 def initial_std(decoder: Backbone, name: str) -> float:
     """Standard deviation of the initial values of the module `name`, a matrix or embedding.
 
@@ -235,8 +232,9 @@ def initial_std(decoder: Backbone, name: str) -> float:
     """
     if not name.startswith("layers."):
         return decoder.config.initializer_range
-    shape = decoder.get_parameter(f"{name}.weight").shape
-    return _layer_std(decoder, _ROLES.get(name.rpartition(".")[2], "value"), sum(shape))
+    shape, path = decoder.get_parameter(f"{name}.weight").shape, name.split(".")
+    layer = cast(Layer, decoder.layers[int(path[1])])
+    return _layer_std(decoder, layer.roles.get(path[-1], "value"), sum(shape))
 
 
 def expert_std(decoder: Backbone, role: str) -> float:

@@ -32,10 +32,19 @@ class Layer(nn.Module):
     is_attention: ClassVar[bool] = True
     """Whether it is the first layer of a Transformer block, an attention, or the second, a feed-forward network."""
 
+    roles: ClassVar[Mapping[str, str]] = {
+        "o_proj": "output",
+        "down_proj": "output",
+        "q_proj": "query_key",
+        "k_proj": "query_key",
+    }
+    """The role of a matrix by its name, "value" for all others: `Residual.init_scale` says how large it starts."""
+
     split: Mapping[str, int] = {}
     """What tensor parallelism splits: the path of a parameter in the layer -> the dimension. A path that does not end
     in the layer itself leads to a plain torch.nn.Linear. The layer must run with the first of equal parts as it runs
-    with the whole, as if it had fewer heads or a smaller inner width, and its output is then a part of a sum."""
+    with the whole, as if it had fewer heads or a smaller inner width, and its output is then a part of a sum. A kind
+    that says nothing is refused there."""
 
     divides: ClassVar[tuple[str, ...]] = ()
     """The sizes of the config that such parts are parts of, so that the number of processes must divide them."""

@@ -136,6 +136,8 @@ class ParallelConfig:
 
     def _check_tensor(self, model: DecoderConfig, context: int) -> None:
         kinds = set(model.layer_kinds)
+        if self.tp > 1 and (whole := [kind.__name__ for kind in kinds if not kind.split]):
+            raise UsageError(f"parallel.tp must be 1 for {whole[0]} layers, which do not say how they are split")
         names = [name for kind in layer.kinds() if kind in kinds for name in kind.divides]
         counts = {"context": context, **{name: getattr(model, name) for name in names}}
         for name, count in counts.items():

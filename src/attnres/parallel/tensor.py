@@ -40,8 +40,10 @@ def split_parameters(layer: Layer) -> Iterator[tuple[nn.Module, str, int]]:
     """Module and name of every parameter of a layer that is split, and along which dimension.
 
     Raises UsageError for a matrix with something in its layer's place: it would stay whole, and its output be added up
-    once a process.
+    once a process; and for a kind of layer that does not say how it is split.
     """
+    if not layer.split:
+        raise UsageError(f"{type(layer).__name__} layers say nothing of tensor parallelism; give them a `split`")
     for path, dim in layer.split.items():
         owner, _, name = path.rpartition(".")
         module = layer.get_submodule(owner)
