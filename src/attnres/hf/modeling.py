@@ -174,10 +174,13 @@ class AttnResModel(AttnResPreTrainedModel, Backbone):
             # computing a block again would add its keys and values a second time
             use_cache, past_key_values = False, None
         padding: Any = attention_mask
+        given: dict[str, Any]
         if isinstance(attention_mask, dict):  # what generate makes for a static cache: a mask for each kind of layer
-            padding = attention_mask.get("linear_attention")
-        given = attention_mask if isinstance(attention_mask, dict) else dict.fromkeys(MASKS, attention_mask)
-        attention_mask = next((given[kind] for kind in MASKS if given.get(kind) is not None), None)
+            given, padding = attention_mask, attention_mask.get("linear_attention")
+            attention_mask = next((given[kind] for kind in MASKS if given.get(kind) is not None), None)
+        else:
+            windowed = _within_window(attention_mask, self.config.sliding_window)
+            given = {"full_attention": attention_mask, "sliding_attention": windowed}
         is_padding = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
         has_own_masks = attention_mask is not None and not is_padding
         packing = find_packing(
@@ -258,6 +261,16 @@ class AttnResModel(AttnResPreTrainedModel, Backbone):
             hidden_states=(*reads, hidden) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
         )
+
+
+def _within_window(mask: Any, window: int | None) -> Any:
+    """A caller's own mask [..., T, S] for layers that look back over `window` tokens; others as they are."""
+    if window is None or not isinstance(mask, Tensor) or mask.dim() != 4:
+        return mask
+    tokens, keys = mask.shape[-2:]
+    position = torch.arange(keys, device=mask.device)
+    hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    return mask.masked_fill(position[keys - tokens :, None] - position >= window, hidden)
 
 
 def _present(attention_mask: Tensor | None, inputs_embeds: Tensor) -> Tensor | None:
