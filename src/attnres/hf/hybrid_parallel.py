@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from ..errors import UsageError
-from ..model.layer import Layer, layers_of
-from ..model.layers.gqa import Context
-from ..parallel.tensor import own_parts, split_parameters
+from ..model.layer import layers_of
+from ..parallel.tensor import split_layer
 from .configuration import AttnResConfig
 from .tensor_parallel import check_divides
 
@@ -40,31 +39,7 @@ def split_layers(model: nn.Module, mesh: DeviceMesh) -> None:
     mesh: the processes of tensor parallelism, 1-D. A layer takes and returns whole tokens, equal on all processes.
     """
     for layer in layers_of(model):
-        _split_layer(layer, mesh)
-
-
-def _split_layer(layer: Layer, mesh: DeviceMesh) -> None:
-    for module, name, dim in list(split_parameters(layer)):
-        parameter = module.get_parameter(name)
-        part = distribute_tensor(parameter.data, mesh, [Shard(dim)], src_data_rank=None)
-        module.register_parameter(name, nn.Parameter(part, parameter.requires_grad))
-    places = [
-        (module, name)
-        for module in layer.modules()
-        for name in module._parameters
-        if module._parameters[name] is not None
-    ]
-    whole = layer.forward
-
-    def own_part(parameter: Any) -> Tensor:
-        return parameter.to_local() if isinstance(parameter, DTensor) else _summed_backward(parameter, mesh)
-
-    def forward(x: Tensor, context: Context) -> Tensor:
-        with own_parts(places, own_part):
-            share = whole(_summed_backward(x, mesh), context)
-        return DTensor.from_local(share, mesh, [Partial()]).redistribute(placements=[Replicate()]).to_local()
-
-    layer.forward = forward  # type: ignore[method-assign, assignment]
+        split_layer(layer, mesh, Replicate(), lambda parameter: _summed_backward(parameter, mesh))
 
 
 def _summed_backward(x: Any, mesh: DeviceMesh) -> Tensor:

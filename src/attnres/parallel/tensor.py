@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -64,7 +64,7 @@ def apply(module: nn.Module, mesh: DeviceMesh) -> None:
     divide by tp. After the backward pass `reduce_replicated_gradients` must follow.
     """
     for layer in layers_of(module):
-        _run_on_own_share(layer, mesh)
+        split_layer(layer, mesh, TOKENS)
         layer.register_forward_hook(_as_own_tensor)
     embedding, head = getattr(module, "embed_tokens", None), getattr(module, "lm_head", None)
     tied = embedding is not None and head is not None and head.weight is embedding.weight
@@ -110,24 +110,35 @@ def _split(module: nn.Module, mesh: DeviceMesh, styles: dict[str, ParallelStyle]
         parallelize_module(module.get_submodule(name), mesh, style, src_data_rank=None)
 
 
-def _run_on_own_share(layer: Layer, mesh: DeviceMesh) -> None:
-    """Splits a layer's parameters; it then takes and returns a process's own tokens."""
-    split = []
-    for module, name, dim in split_parameters(layer):
-        whole_parameter = module.get_parameter(name)
-        if not isinstance(whole_parameter, DTensor):  # experts that are split already
-            part = distribute_tensor(whole_parameter, mesh, [Shard(dim)], src_data_rank=None)
-            module.register_parameter(name, nn.Parameter(part))
-            split.append((module, name))
-    whole = layer.forward
+def split_layer(
+    layer: Layer, mesh: DeviceMesh, tokens: Placement, of_whole: Callable[[Tensor], Tensor] | None = None
+) -> None:
+    """Splits a layer's parameters over the 1-D `mesh`, in place, before or after they have values.
 
-    def forward(x: Tensor, context: Context) -> Tensor:
-        gathered = DTensor.from_local(x, mesh, [TOKENS]).redistribute(placements=[Replicate()])
-        with own_parts(split):
-            share = whole(gathered.to_local(grad_placements=[Partial()]), context)
-        return DTensor.from_local(share, mesh, [Partial()]).redistribute(placements=[TOKENS]).to_local()
+    tokens: where those lie that it then takes and returns: TOKENS, or Replicate() for all of them on every process.
+    of_whole: what it computes with instead of a parameter that is not split.
+    """
+    places = []
+    for module, name, dim in list(split_parameters(layer)):
+        parameter = module.get_parameter(name)
+        if not isinstance(parameter, DTensor):  # experts that are split already
+            part = distribute_tensor(parameter.data, mesh, [Shard(dim)], src_data_rank=None)
+            module.register_parameter(name, nn.Parameter(part, parameter.requires_grad))
+            places.append((module, name))
+    if of_whole is not None:
+        places = [(m, name) for m in layer.modules() for name, p in m._parameters.items() if p is not None]
+    forward = layer.forward
 
-    layer.forward = forward  # type: ignore[method-assign, assignment]
+    def own_part(parameter: Any) -> Any:
+        return parameter.to_local() if isinstance(parameter, DTensor) else of_whole(parameter)  # type: ignore[misc]
+
+    def forward_share(x: Tensor, context: Context) -> Tensor:
+        gathered = DTensor.from_local(x, mesh, [tokens]).redistribute(placements=[Replicate()])
+        with own_parts(places, own_part):
+            share = forward(gathered.to_local(grad_placements=[Partial()]), context)
+        return DTensor.from_local(share, mesh, [Partial()]).redistribute(placements=[tokens]).to_local()
+
+    layer.forward = forward_share  # type: ignore[method-assign, assignment]
 
 
 @contextmanager
