@@ -19,7 +19,8 @@ import timing
 import torch
 from torch import nn
 
-from attnres.model.layers.experts import MixtureOfExperts, SwiGLU
+from attnres.model.layers.experts import MixtureOfExperts
+from attnres.model.layers.feed_forward import SwiGLU
 from attnres.run import hardware
 
 GOAL = 1.5

@@ -10,5 +10,14 @@ class UsageError(ValueError):
     """Bad input: the message names the argument and the mend. The command line exits with status 2."""
 
 
+def check_counts(least: int = 1, **values: object) -> None:
+    """Raises UsageError for the first of these arguments that is no whole number of at least `least`."""
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            kind = {0: "a non-negative whole number", 1: "a positive whole number"}
+            wanted = kind.get(least, f"a whole number of at least {least}")
+            raise UsageError(f"{name} must be {wanted}; it is {value!r}")
+
+
 class Failure(RuntimeError):
     """The environment failed (disk full, damaged file, diverged loss). The command line exits with status 1."""

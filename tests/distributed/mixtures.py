@@ -9,7 +9,7 @@ from attnres.errors import UsageError
 from attnres.model.layers.experts import MixtureOfExperts
 from attnres.parallel import mesh
 from attnres.parallel.config import ParallelConfig
-from attnres.parallel.experts import EXPERTS, split_experts
+from attnres.parallel.experts import split_experts
 from attnres.train.balance import balance_experts
 from attnres.train.expert_muon import ExpertMuon, Muon
 
@@ -51,7 +51,7 @@ def expert_parallel_errors(processes: int, lopsided: bool) -> dict[str, float]:
         if name == "norm.weight":
             continue
         gradient, true = parameter.grad, alone.get_parameter(name).grad
-        if name in EXPERTS:
+        if name in MixtureOfExperts.experts:
             gradient, true = gradient.to_local(), true.chunk(processes)[rank]
         else:
             distributed.all_reduce(gradient, group=group)

@@ -14,7 +14,7 @@ from attnres.parallel import mesh as meshes
 from attnres.parallel import pipeline
 from attnres.parallel import tensor as tensor_parallel
 from attnres.parallel.config import ParallelConfig
-from attnres.parallel.part import Chunk
+from attnres.parallel.part import ModelPart
 from attnres.parallel.pipeline import Layout
 from attnres.plan.kept import footprints
 
@@ -28,7 +28,7 @@ def bytes_kept(config: DecoderConfig, cuts: list[int], index: int, precision: to
     return saved_by(part.to_empty(device="cpu"), precision, 8)
 
 
-def saved_by(part: Chunk, precision: torch.dtype, tokens: int) -> int:
+def saved_by(part: ModelPart, precision: torch.dtype, tokens: int) -> int:
     """tokens: of 8 a sequence, those that this process has between layers."""
     part.precision, part.residual.lean = precision, True
     for parameter in part.parameters():

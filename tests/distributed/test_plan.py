@@ -12,7 +12,7 @@ from attnres.parallel import mesh as meshes
 from attnres.parallel import pipeline
 from attnres.parallel.build import build_parts
 from attnres.parallel.config import ParallelConfig
-from attnres.parallel.part import Chunk
+from attnres.parallel.part import ModelPart
 from attnres.parallel.pipeline import Layout
 from attnres.plan.kept import footprints
 from attnres.plan.rank import RankPlan
@@ -184,7 +184,7 @@ def test_what_a_parameter_costs(split):
 
 def test_operations_add_up_to_the_models():
     config = shape("full_attnres", layers=10)
-    whole = Chunk(config, 0, 10, 8)
+    whole = ModelPart(config, 0, 10, 8)
     assert 3 * sum(chunk_flops(config, whole, [0, 3, 4, 10], 8)) == config.flops_per_token(8)
 
 
@@ -194,7 +194,7 @@ def test_time_is_operations_over_rates():
     found = plan(config, split, 8, 4, FP32, cluster=rates)
     (hop,) = found.hops
     assert hop.seconds == hop.sent_bytes / 1e6 == 2 * 4 * 16 * 4 / 1e6
-    assert hop.compute_seconds == 2 * 4 * chunk_flops(config, Chunk(config, 0, 12, 4), [0, 6, 12], 4)[1] / 1e6
+    assert hop.compute_seconds == 2 * 4 * chunk_flops(config, ModelPart(config, 0, 12, 4), [0, 6, 12], 4)[1] / 1e6
     busy = found.tokens_per_step * config.flops_per_token(4) / 2 / 1e6
     assert busy < found.step_seconds < 2 * busy
     again = plan(config, split, 8, 4, FP32, checkpointing=True, cluster=rates)

@@ -18,6 +18,7 @@ HYBRID = {
     "moe_intermediate_size": 16,
     "first_k_dense_replace": 1,
 }
+WINDOWS = {"attention_pattern": ("sliding_window", "gqa"), "sliding_window": 3}
 MUON = {"optimizer": "muon"}
 KIMI = {"model": runs.EXPERTS, "steps": 3}
 UNSHARED = {**runs.EXPERTS, "num_shared_experts": 0}
@@ -30,6 +31,7 @@ CASES = {
     "shard 2 x tp 2": ({"shard": 2, "tp": 2}, {"accumulate": 2, "steps": 2}, ROUNDING),
     "tp 2 x pp 2, tied": ({"tp": 2, "pp": 2, "microbatches": 2}, {"model": TIED}, ROUNDING),
     "tp 2 x pp 2, hybrid": ({"tp": 2, "pp": 2, "microbatches": 2}, {"model": HYBRID, "accumulate": 2}, EXACT),
+    "tp 2 x pp 2, sliding windows": ({"tp": 2, "pp": 2, "microbatches": 2}, {"model": WINDOWS}, ROUNDING),
     "dp 2 x pp 2, tied": ({"dp": 2, "pp": 2, "microbatches": 2}, {"model": TIED | FULL, "accumulate": 2}, ROUNDING),
     "pp 4 x 2": ({"pp": 4, "microbatches": 4, **INTERLEAVED}, {"model": FULL}, ROUNDING),
     "shard 2 x pp 2": (

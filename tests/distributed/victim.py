@@ -11,7 +11,7 @@ import sys
 from torch.distributed.checkpoint import FileSystemWriter
 
 from attnres.cli import main
-from attnres.parallel.part import Chunk
+from attnres.parallel.part import ModelPart
 from attnres.run import hardware
 from attnres.train.parallel_trainer import ParallelTrainer
 
@@ -38,6 +38,6 @@ if __name__ == "__main__":
     hardware.peak_flops = lambda device, precision: 1e11  # measuring it takes as long as the run
     if "FAULT" in os.environ and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         rank, name, step, *place = os.environ["FAULT"].split()
-        owner = (FileSystemWriter, "write_data") if place else (Chunk, "forward")
+        owner = (FileSystemWriter, "write_data") if place else (ModelPart, "forward")
         strike(int(rank), signal.Signals[name], int(step), *owner)
     sys.exit(main())

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from attnres.errors import UsageError
 from attnres.hf import AttnResConfig, AttnResForCausalLM
-from attnres.model.config import ATTENTION_KINDS
+from attnres.model.layer import names
 
 SEQUENCES = (5, 3, 1)
 TOKENS = sum(SEQUENCES)
@@ -19,6 +19,7 @@ SHAPE = dict(
     num_key_value_heads=2,
     intermediate_size=24,
     linear_chunk_size=4,
+    sliding_window=3,
     initializer_range=0.3,
     tie_word_embeddings=False,
     residual_options={"num_blocks": 2},
@@ -31,7 +32,7 @@ BORDERS = torch.tensor([0, 5, 8, 9], dtype=torch.int32)
 FLASH = {"cu_seq_lens_q": BORDERS, "cu_seq_lens_k": BORDERS, "max_length_q": 5, "max_length_k": 5}
 ONES = torch.ones_like(IDS)
 SAME = torch.block_diag(*(torch.ones(n, n) for n in SEQUENCES)).tril().double().log()[None, None]  # 0 and -inf
-PATTERNS = [*((kind,) for kind in ATTENTION_KINDS), ("kda", "mla", "gqa")]
+PATTERNS = [*((kind,) for kind in names()), ("kda", "mla", "gqa")]
 PATHS = {
     "positions": {"position_ids": POSITIONS, "use_cache": False},
     "positions, and a cache by default": {"position_ids": POSITIONS},

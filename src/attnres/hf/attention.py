@@ -31,6 +31,8 @@ def attend_by_config(
     if "flash" in name:
         v_BKSE = F.pad(v_BKSE, (0, q_BHTE.shape[-1] - width))  # such kernels want one width for keys and values
     function: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(name, _eager)
+    if hasattr(layer, "sliding_window"):
+        kwargs["sliding_window"] = layer.sliding_window  # flash attention has no mask for it
     output, probabilities = function(
         layer, q_BHTE, k_BKSE, v_BKSE, mask, dropout=0.0, scaling=layer.head_dim**-0.5, **kwargs
     )

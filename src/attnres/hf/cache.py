@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
 from ..errors import UsageError
+from ..model.layers.gqa import Attention
 from ..model.layers.kda import KDAState
 from .configuration import AttnResConfig
 
@@ -38,18 +39,22 @@ class LayerCache:
 
 def check_cache(cache: Cache, config: AttnResConfig) -> None:
     """Raises UsageError if the cache has other layers than a model of that config."""
-    if "full_attention" not in config.layer_types:
+    if not config.counts_tokens:
         raise UsageError(
             "a Hugging Face cache counts tokens in full attention layers, and this model has none; use "
             "use_cache=False, or attnres.model.generate"
         )
     found = [
-        "linear_attention" if isinstance(layer, LinearAttentionCacheLayerMixin) else "full_attention"
+        "linear_attention"
+        if isinstance(layer, LinearAttentionCacheLayerMixin)
+        else "sliding_attention"
+        if getattr(layer, "is_sliding", False)
+        else "full_attention"
         for layer in cache.layers
     ]
     grows = getattr(cache, "layer_class_to_replicate", None) is not None
     expected = config.layer_types[: len(found)] if grows else config.layer_types
-    if found != expected or (grows and "linear_attention" in config.layer_types):
+    if found != expected or (grows and set(config.layer_types) != {"full_attention"}):
         raise UsageError(
             f"past_key_values is the cache of another architecture: its layers are {_words(found)}, and this model "
             f"needs {_words(config.layer_types)}; use DynamicCache(config=model.config)"
@@ -58,7 +63,7 @@ def check_cache(cache: Cache, config: AttnResConfig) -> None:
 
 def check_generation(config: AttnResConfig, use_cache: bool | None) -> None:
     """Raises UsageError if `generate` would make a cache, which it does unless use_cache is False, that cannot be."""
-    if use_cache is not False and "full_attention" not in config.layer_types:
+    if use_cache is not False and not config.counts_tokens:
         raise UsageError(
             "generate needs use_cache=False: transformers' caches, static and offloaded ones too, count their tokens "
             "in full attention layers, and this model has linear attention alone; attnres.model.generate keeps its "
@@ -71,19 +76,12 @@ def check_paged(config: AttnResConfig) -> None:
 
     It holds keys and values of num_key_value_heads times head_dim for every layer.
     """
-    kept = {
-        "gqa": (config.num_key_value_heads, config.head_dim, config.head_dim),
-        "mla": (
-            config.num_attention_heads,
-            (config.qk_nope_head_dim or 0) + (config.qk_rope_head_dim or 0),
-            config.v_head_dim,
-        ),
-    }
-    for kind in dict.fromkeys(config.attention_kinds):
-        if kept.get(kind) != kept["gqa"]:
+    page = Attention.paged(config)
+    for name, kind in zip(config.attention_kinds, config.layer_kinds[::2], strict=True):
+        if kind.paged(config) != page:
             raise UsageError(
                 f"continuous batching keeps {config.num_key_value_heads} keys and values of width {config.head_dim} a "
-                f"layer and token, and the {kind} layers of this model need something else; use generate, which "
+                f"layer and token, and the {name} layers of this model need something else; use generate, which "
                 "batches the prompts of one call"
             )
 

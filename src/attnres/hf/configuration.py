@@ -64,13 +64,23 @@ class AttnResConfig(PreTrainedConfig, DecoderConfig):  # type: ignore[misc]  # f
 
     @property
     def is_hybrid(self) -> bool:
-        """Whether there are layers other than grouped-query attention and dense MLPs."""
-        return self.num_experts > 0 or set(self.attention_kinds) != {"gqa"}
+        """Whether there are layers that are not split by the names in transformers' plan, such as delta attention."""
+        plan = type(self).base_model_tp_plan
+        return not all(kind.split for kind in self.layer_kinds) or any(
+            (plan.get(f"layers.*.{path.removesuffix('.weight')}"),) != ("colwise", "rowwise")[dim : dim + 1]
+            for kind in set(self.layer_kinds)
+            for path, dim in kind.split.items()
+        )
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether a Hugging Face cache knows how many tokens it has, which layers with a state alone do not say."""
+        return set(self.layer_types) != {"linear_attention"}
 
     @property
     def layer_types(self) -> list[str]:
         """What a Hugging Face cache keeps for each Transformer block."""
-        return ["linear_attention" if kind == "kda" else "full_attention" for kind in self.attention_kinds]
+        return [kind.cache_type for kind in self.layer_kinds if kind.is_attention]
 
     def decoder_config(self) -> DecoderConfig:
         """The plain configuration of `attnres.model.Decoder`."""

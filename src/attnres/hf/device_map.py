@@ -1,6 +1,6 @@
 """A decoder whose layers a `device_map` has spread over several devices, or offloaded to memory or disk.
 
-accelerate brings a module's weights and inputs together when the module is called. The loop here therefore calls each
+accelerate brings a module's weights and inputs together when the module is called. A pass here therefore calls each
 norm on its own, where the decoder's hands it to the residual connection, and brings what a layer adds back to the
 device of the stream. The residual connection's parameters are brought there too: it is used without a call.
 """
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..model.decoder import Backbone, stream_dtype
 from ..model.layers.gqa import Context
+from ..model.loop import input_norm, run
 from ..residual import State
 from .residual_place import rows_on
 
@@ -26,12 +27,12 @@ def hidden_across_devices(
     """`Backbone.hidden` for a model that accelerate has dispatched, without gradient checkpointing."""
     device = embedding.device
     residual = rows_on(model.residual, device)
+
+    def call(layer: nn.Module, h: Tensor) -> Tensor:
+        return layer(_apply(input_norm(layer), h), context).to(device)
+
     state = residual.start(stream_dtype(embedding))
-    for i, layer in enumerate(model.layers[: model.depth]):  # type: ignore[arg-type]
-        if observe is not None and i % 2 == 0:
-            observe(state, i)
-        h, state = residual.read(state, i)
-        state = residual.write(state, i, layer(_apply(layer.norm, h), context).to(device))  # type: ignore[arg-type]
+    state = run(residual, model.layers, state, 0, model.depth, call=call, observe=observe)
     return _apply(model.norm, residual.finish(state))
 
 

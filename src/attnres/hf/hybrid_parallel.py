@@ -13,24 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from ..errors import UsageError
-from ..model.layers.gqa import Context
-from ..parallel.tensor import own_parts, split_parameters
+from ..model.layer import layers_of
+from ..parallel.tensor import split_layer
 from .configuration import AttnResConfig
 from .tensor_parallel import check_divides
-
-_HEADS = {
-    "gqa": ("num_attention_heads", "num_key_value_heads"),
-    "mla": ("num_attention_heads",),
-    "kda": ("linear_num_heads",),
-}
 
 
 def check_sizes(config: AttnResConfig, distributed: Any) -> None:
     """Raises UsageError if the heads of a hybrid do not divide by the processes, or they are to be sharded as well."""
-    heads = dict.fromkeys(name for kind in config.attention_kinds for name in _HEADS[kind])
+    heads = dict.fromkeys(name for kind in config.layer_kinds if kind.is_attention for name in kind.divides)
     check_divides(config, distributed.tp_size, heads)
     if getattr(distributed, "fsdp_size", 1) not in (1, None):
         raise UsageError(
@@ -39,37 +33,13 @@ def check_sizes(config: AttnResConfig, distributed: Any) -> None:
         )
 
 
-def split_layers(layers: nn.ModuleList, mesh: DeviceMesh) -> None:
+def split_layers(model: nn.Module, mesh: DeviceMesh) -> None:
     """Makes the layers' parameters a process's share of them, by DTensors, before or after they have values.
 
     mesh: the processes of tensor parallelism, 1-D. A layer takes and returns whole tokens, equal on all processes.
     """
-    for layer in layers:
-        _split_layer(layer, mesh)
-
-
-def _split_layer(layer: nn.Module, mesh: DeviceMesh) -> None:
-    for module, name, dim in list(split_parameters(layer)):
-        parameter = module.get_parameter(name)
-        part = distribute_tensor(parameter.data, mesh, [Shard(dim)], src_data_rank=None)
-        module.register_parameter(name, nn.Parameter(part, parameter.requires_grad))
-    places = [
-        (module, name)
-        for module in layer.modules()
-        for name in module._parameters
-        if module._parameters[name] is not None
-    ]
-    whole = layer.forward
-
-    def own_part(parameter: Any) -> Tensor:
-        return parameter.to_local() if isinstance(parameter, DTensor) else _summed_backward(parameter, mesh)
-
-    def forward(x: Tensor, context: Context) -> Tensor:
-        with own_parts(places, own_part):
-            share = whole(_summed_backward(x, mesh), context)
-        return DTensor.from_local(share, mesh, [Partial()]).redistribute(placements=[Replicate()]).to_local()
-
-    layer.forward = forward  # type: ignore[method-assign]
+    for layer in layers_of(model):
+        split_layer(layer, mesh, Replicate(), lambda parameter: _summed_backward(parameter, mesh))
 
 
 def _summed_backward(x: Any, mesh: DeviceMesh) -> Tensor:

@@ -4,7 +4,6 @@
 `attnres.model.Decoder`, those of the base model behind "model.".
 """
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, initialization
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple, logging
 
 from ..errors import Failure, UsageError
 from ..model import Decoder
 from ..model.decoder import Backbone, expert_std, initial_std
-from ..model.layers.experts import MixtureOfExperts
 from ..model.layers.gqa import Context, lengths_vary, rotary_factors
-from ..model.layers.kda import KimiDeltaAttention
-from ..model.token_shards import hidden_over_processes
 from ..residual import Residual, State
 from ..run.export import open_run
 from .attention import attend_by_config
@@ -39,6 +35,9 @@ from .tensor_parallel import SharesTokens, shards_of
 
 logger = logging.get_logger(__name__)
 
+MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+"""What makes the masks of a layer, by its `Layer.cache_type`."""
+
 
 class AttnResPreTrainedModel(SharesTokens, PreTrainedModel):
     """What transformers needs to know of both models."""
@@ -47,15 +46,7 @@ class AttnResPreTrainedModel(SharesTokens, PreTrainedModel):
     config_class = AttnResConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    # norms are units of their own, since a residual connection reads a layer's norm before the layer runs
-    _no_split_modules = [
-        "Attention",
-        "MultiHeadLatentAttention",
-        "KimiDeltaAttention",
-        "FeedForward",
-        "MixtureOfExperts",
-        "RMSNorm",
-    ]
+    _no_split_modules = ["RMSNorm"]  # a unit of its own: a residual connection reads a layer's before the layer runs
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -70,10 +61,10 @@ class AttnResPreTrainedModel(SharesTokens, PreTrainedModel):
         elif isinstance(module, nn.Linear) and hasattr(module, "initial_std"):
             std: Any = module.initial_std
             initialization.normal_(module.weight, std=std)
-        elif isinstance(module, KimiDeltaAttention | MixtureOfExperts):
-            stds: Any = module.initial_stds
-            generator: Any = None  # torch's own
-            for name, value in module.initial_values(stds.__getitem__, generator, next(module.parameters()).device):
+        elif hasattr(module, "initial_stds"):
+            layer: Any = module
+            device = next(layer.parameters()).device
+            for name, value in layer.initial_values(layer.initial_stds.__getitem__, None, device):  # torch's generator
                 initialization.copy_(getattr(module, name), value)
             for buffer in module.buffers(recurse=False):
                 initialization.zeros_(buffer)
@@ -100,7 +91,7 @@ class AttnResPreTrainedModel(SharesTokens, PreTrainedModel):
         model = super().maybe_distribute_model(model, distributed_config, mesh)
         if splits:
             devices = model._device_mesh
-            split_layers(model.base_model.layers, devices["tp"] if devices.ndim > 1 else devices)
+            split_layers(model.base_model, devices["tp"] if devices.ndim > 1 else devices)
         return model
 
 
@@ -115,9 +106,9 @@ class AttnResModel(AttnResPreTrainedModel, Backbone):
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 module.initial_std = initial_std(self, name)  # type: ignore[assignment]
-            elif isinstance(module, KimiDeltaAttention | MixtureOfExperts):
-                stds = {role: expert_std(self, role) for role in ("value", "output")}
-                module.initial_stds = stds  # type: ignore[assignment]
+        for layer in self.layers:
+            layer.initial_stds = {role: expert_std(self, role) for role in ("value", "output")}  # type: ignore[assignment]
+        self._no_split_modules = ["RMSNorm", *{type(layer).__name__ for layer in self.layers}]
         if config.is_hybrid:
             self._can_compile_fullgraph = False  # the sizes of experts' batches go to the host
         self._is_stateful = "linear_attention" in config.layer_types
@@ -183,8 +174,13 @@ class AttnResModel(AttnResPreTrainedModel, Backbone):
             # computing a block again would add its keys and values a second time
             use_cache, past_key_values = False, None
         padding: Any = attention_mask
+        given: dict[str, Any]
         if isinstance(attention_mask, dict):  # what generate makes for a static cache: a mask for each kind of layer
-            padding, attention_mask = attention_mask.get("linear_attention"), attention_mask.get("full_attention")
+            given, padding = attention_mask, attention_mask.get("linear_attention")
+            attention_mask = next((given[kind] for kind in MASKS if given.get(kind) is not None), None)
+        else:
+            windowed = _within_window(attention_mask, self.config.sliding_window)
+            given = {"full_attention": attention_mask, "sliding_attention": windowed}
         is_padding = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
         has_own_masks = attention_mask is not None and not is_padding
         packing = find_packing(
@@ -197,24 +193,28 @@ class AttnResModel(AttnResPreTrainedModel, Backbone):
             has_own_masks=has_own_masks,
         )
         if use_cache is None:
-            use_cache = packing is None and self.config.use_cache and "full_attention" in self.config.layer_types
+            use_cache = packing is None and self.config.use_cache and self.config.counts_tokens
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
             check_cache(past_key_values, self.config)
         if packing is not None:
-            attention_mask = attention_mask if has_own_masks else None
+            given = given if has_own_masks else {}
             position_ids = packing.positions if position_ids is None else position_ids
         elif position_ids is None:
             past = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past)[None]
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=None if packing is None else packing.positions,
-        )
+        masks = {
+            kind: create(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=given.get(kind),
+                past_key_values=past_key_values,
+                position_ids=None if packing is None else packing.positions,
+            )
+            for kind, create in MASKS.items()
+            if kind in self.config.layer_types
+        }
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         if output_hidden_states is None:
@@ -223,7 +223,8 @@ class AttnResModel(AttnResPreTrainedModel, Backbone):
         reads: list[Tensor] = []
 
         def observe(state: State, layer: int) -> None:
-            reads.append(rows_on(self.residual, inputs_embeds.device).read(state, layer)[0])
+            if layer % 2 == 0:
+                reads.append(rows_on(self.residual, inputs_embeds.device).read(state, layer)[0])
 
         attend = partial(
             attend_by_config,
@@ -233,14 +234,11 @@ class AttnResModel(AttnResPreTrainedModel, Backbone):
         )
         assert self.config.head_dim is not None
         cos, sin = rotary_factors(position_ids, self.config.head_dim, self.config.rope_theta)
-        run: Callable[..., Tensor] = hidden_across_devices if is_dispatched(self) else Backbone.hidden
         shards = shards_of(self, inputs_embeds.shape[1])
-        if shards is not None:
-            run = partial(hidden_over_processes, shards=shards)
         context = Context(
             cos,
             sin,
-            mask,
+            masks.get("full_attention"),
             None if past_key_values is None else LayerCache(past_key_values),
             attend,
             # accelerate brings weights for calls of modules, and the absorbed form calls none; flash kernels want heads
@@ -248,8 +246,13 @@ class AttnResModel(AttnResPreTrainedModel, Backbone):
             absorb=not is_dispatched(self) and self.config._attn_implementation in ("sdpa", "eager"),
             present=_present(padding, inputs_embeds),
             cu_seqlens=None if packing is None else packing.cu_seqlens,
+            window_mask=masks.get("sliding_attention"),
         )
-        hidden = run(self, inputs_embeds, context, observe if output_hidden_states else None)
+        watch = observe if output_hidden_states else None
+        if shards is None and is_dispatched(self):
+            hidden = hidden_across_devices(self, inputs_embeds, context, watch)
+        else:
+            hidden = self.hidden(inputs_embeds, context, watch, shards)
         if shards is not None:
             reads = [shards.gather(read) for read in reads]
         return BaseModelOutputWithPast(
@@ -258,6 +261,16 @@ class AttnResModel(AttnResPreTrainedModel, Backbone):
             hidden_states=(*reads, hidden) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
         )
+
+
+def _within_window(mask: Any, window: int | None) -> Any:
+    """A caller's own mask [..., T, S] for layers that look back over `window` tokens; others as they are."""
+    if window is None or not isinstance(mask, Tensor) or mask.dim() != 4:
+        return mask
+    tokens, keys = mask.shape[-2:]
+    position = torch.arange(keys, device=mask.device)
+    hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    return mask.masked_fill(position[keys - tokens :, None] - position >= window, hidden)
 
 
 def _present(attention_mask: Tensor | None, inputs_embeds: Tensor) -> Tensor | None:

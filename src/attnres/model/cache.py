@@ -59,13 +59,7 @@ class KeyValueCache:
 
 def cache_layout(config: DecoderConfig) -> tuple[str, ...]:
     """What each attention layer of a decoder of that shape keeps, in words."""
-    words = {
-        "gqa": f"{config.num_key_value_heads} keys and values of width {config.head_dim} a token",
-        "mla": f"a latent of {config.kv_lora_rank} + {config.qk_rope_head_dim} numbers a token",
-        "kda": f"{config.linear_num_heads} linear attention states of {config.linear_head_dim} x "
-        f"{config.linear_head_dim} with a convolution over {config.linear_conv_kernel_dim} tokens",
-    }
-    return tuple(words[kind] for kind in config.attention_kinds)
+    return tuple(kind.kept(config) for kind in config.layer_kinds if kind.is_attention)
 
 
 def _first_difference(ours: tuple[str, ...], theirs: tuple[str, ...]) -> tuple[str, str]:

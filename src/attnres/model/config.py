@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from .. import residual as residuals
-from ..errors import UsageError
+from ..errors import UsageError, check_counts
+from . import layer
 
 MOST, MOST_BLOCKS, MOST_ELEMENTS = 2**31 - 1, 2**16, 2**50
 """Bounds of a size, of the Transformer blocks, and of a matrix: far beyond any model, and within 64-bit arithmetic."""
-ATTENTION_KINDS = ("gqa", "mla", "kda")
 
 
 @dataclass
@@ -35,7 +35,8 @@ class DecoderShape:
     """Inner width of the SwiGLU MLP; the default is 8/3 hidden_size rounded up to a multiple of 64."""
     attention_pattern: tuple[str, ...] = ("gqa",)
     """Kinds of attention layers, repeated over the Transformer blocks and cut at their number: gqa (grouped-query), mla
-    (multi-head latent attention without positions), kda (Kimi Delta Attention). kda kda kda mla is Kimi Linear's."""
+    (multi-head latent attention without positions), kda (Kimi Delta Attention), sliding_window (grouped-query over the
+    last sliding_window tokens). kda kda kda mla is Kimi Linear's."""
     kv_lora_rank: int | None = None
     """Width of the latent that an mla layer caches; the default is 4 head_dim."""
     qk_nope_head_dim: int | None = None
@@ -52,6 +53,10 @@ class DecoderShape:
     """Tokens that the short convolutions of a kda layer see."""
     linear_chunk_size: int = 64
     """Tokens that a kda layer handles in parallel in training, a power of two."""
+    feed_forward: str = "swiglu"
+    """Kind of the MLPs that are no mixture of experts."""
+    sliding_window: int | None = None
+    """Tokens that a sliding_window layer looks back over, its own included; to be given if there are such layers."""
     num_experts: int = 0
     """Routed experts of an MLP; 0 for dense MLPs."""
     num_experts_per_tok: int = 8
@@ -112,13 +117,13 @@ class DecoderShape:
         self._set_attention()
         self._set_experts()
         self._check_elements()
+        for layer_kind in dict.fromkeys(self.layer_kinds):
+            layer_kind.check(self)
 
     def _set_attention(self) -> None:
         self.attention_pattern = tuple(self.attention_pattern)  # a list if it comes from a JSON file
         for kind in self.attention_pattern:
-            if kind not in ATTENTION_KINDS:
-                known = ", ".join(ATTENTION_KINDS)
-                raise UsageError(f"attention_pattern has the unknown kind {kind!r}; known: {known}")
+            layer.get(kind, "attention_pattern")
         if not self.attention_pattern:
             raise UsageError("attention_pattern is empty; name at least one kind, such as gqa")
         assert self.head_dim is not None
@@ -182,6 +187,17 @@ class DecoderShape:
         return self.num_experts > 0 and block >= self.first_k_dense_replace
 
     @property
+    def layer_kinds(self) -> tuple[type[layer.Layer], ...]:
+        """The class of every layer, attention and MLP in turn."""
+        attention = [layer.get(kind, "attention_pattern") for kind in self.attention_pattern]
+        dense, experts = (layer.get(kind, "feed_forward", False) for kind in (self.feed_forward, "experts"))
+        return tuple(
+            kind
+            for block in range(self.num_hidden_layers)
+            for kind in (attention[block % len(attention)], experts if self.has_experts(block) else dense)
+        )
+
+    @property
     def num_layers(self) -> int:
         """L as the paper counts: every attention and every MLP is one layer."""
         return 2 * self.num_hidden_layers
@@ -239,8 +255,7 @@ class DecoderConfig(DecoderShape):
 
 
 def _positive(name: str, value: Any, least: int = 1) -> None:
-    if not isinstance(value, int) or value < least:
-        raise UsageError(f"{name} must be a {'positive' if least else 'non-negative'} whole number; it is {value!r}")
+    check_counts(least, **{name: value})
     most = MOST_BLOCKS if name == "num_hidden_layers" else MOST
     if value > most:
         raise UsageError(f"{name} must be at most {most}; it is {value}")

@@ -8,7 +8,7 @@ each layer's norm, so that a mechanism can fuse it, and runs the layer on what c
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,12 @@ from ..residual import State
 from ..residual.base import gather, release
 from .cache import KeyValueCache
 from .config import DecoderConfig
-from .layer import attention_layer, feed_forward_layer
-from .layers.experts import MixtureOfExperts
+from .layer import Layer
 from .layers.gqa import Cache, Context, rotary_factors
-from .layers.kda import KimiDeltaAttention
+from .loop import input_norm, run
+
+if TYPE_CHECKING:
+    from .token_shards import TokenShards  # torch.distributed is not everywhere
 
 
 class Backbone(nn.Module):
@@ -42,9 +44,7 @@ class Backbone(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.residual = config.build_residual()
         self.layers = nn.ModuleList(
-            layer
-            for block in range(config.num_hidden_layers)
-            for layer in (attention_layer(config, block), feed_forward_layer(config, block))
+            kind.from_config(config, layer // 2) for layer, kind in enumerate(config.layer_kinds)
         )
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not self.residual.pre_norm:
@@ -52,18 +52,23 @@ class Backbone(nn.Module):
                 module.norm = nn.Identity()
 
     def hidden(
-        self, embedding: Tensor, context: Context, observe: Callable[[State, int], None] | None = None
+        self,
+        embedding: Tensor,
+        context: Context,
+        observe: Callable[[State, int], None] | None = None,
+        shards: "TokenShards | None" = None,
     ) -> Tensor:
         """The final norm's output [B, T, D] for token embeddings [B, T, D].
 
-        observe: called before every Transformer block with the state that it reads and its first layer's index.
+        observe: called before every layer with the state that it reads and its index; of a Transformer block that is
+        recomputed, before the first. shards: where tokens lie that processes share, without gradients; None: here.
         """
         gather(self.residual)
-        state = self.residual.start(stream_dtype(embedding))
-        state = self.run_layers(state, 0, self.depth, context, observe)
+        state = self.residual.start(stream_dtype(embedding if shards is None else shards.own(embedding)))
+        state = self.run_layers(state, 0, self.depth, context, observe, shards)
         hidden = self.residual.finish(state, self.norm)
         release(self.residual)
-        return hidden
+        return hidden if shards is None else shards.gather(hidden)
 
     @property
     def depth(self) -> int:
@@ -71,30 +76,30 @@ class Backbone(nn.Module):
         return min(len(self.layers), self.config.num_layers)
 
     def run_layers(
-        self, state: State, first: int, last: int, context: Context, observe: Callable[[State, int], None] | None = None
+        self,
+        state: State,
+        first: int,
+        last: int,
+        context: Context,
+        observe: Callable[[State, int], None] | None = None,
+        shards: "TokenShards | None" = None,
     ) -> State:
         """Runs the layers first .. last - 1, one Transformer block (or what lies in the range of it) at a time."""
+
+        def call(layer: nn.Module, x: Tensor) -> Tensor:
+            given = context._replace(normalise=True) if gathers_norm(layer) else context
+            return layer(x, given) if shards is None else shards.take(layer, layer(shards.gather(x), given))
+
+        block = partial(run, self.residual, self.layers, call=call, norm=_folded_norm)
         while first < last:
             end = min(first + 2 - first % 2, last)
-            if observe is not None:
-                observe(state, first)
-            recomputed = self.checkpointing and first // 2 % self.checkpoint_every == 0
-            if recomputed and torch.is_grad_enabled():
-                state = self.checkpoint(self._run_layers, state, first, end, context)
+            if self.checkpointing and first // 2 % self.checkpoint_every == 0 and torch.is_grad_enabled():
+                if observe is not None:
+                    observe(state, first)
+                state = self.checkpoint(block, state, first, end)
             else:
-                state = self._run_layers(state, first, end, context)
+                state = block(state, first, end, observe=observe)
             first = end
-        return state
-
-    def _run_layers(self, state: State, first: int, last: int, context: Context) -> State:
-        for i in range(first, last):
-            layer = self.layers[i]
-            if gathers_norm(layer):
-                x, state = self.residual.read(state, i)
-                state = self.residual.write(state, i, layer(x, context._replace(normalise=True)))
-            else:
-                x, state = self.residual.read(state, i, layer.norm)  # type: ignore[arg-type]
-                state = self.residual.write(state, i, layer(x, context))
         return state
 
     def context(self, tokens: int, device: torch.device, cache: Cache | None = None) -> Context:
@@ -115,6 +120,11 @@ class Backbone(nn.Module):
         self.checkpointing = self.residual.lean = enabled
 
 
+def backbone_of(model: nn.Module) -> Backbone | None:
+    """The decoder of this package in a model, native or Hugging Face's; None in a converted one."""
+    return next((module for module in model.modules() if isinstance(module, Backbone)), None)
+
+
 class Decoder(Backbone):
     """Language model: token ids [B, T] -> logits [B, T, vocab_size].
 
@@ -122,6 +132,9 @@ class Decoder(Backbone):
         config: the shape; config.residual names the residual connection.
         seed: of the initial weights. Equal seeds give equal weights to everything that two mechanisms share.
     """
+
+    split_tokens: "Callable[[int], TokenShards] | None" = None
+    """Where so many tokens lie on processes that share every layer (`parallel.inference`); None: here."""
 
     def __init__(self, config: DecoderConfig, seed: int = 0) -> None:
         super().__init__()
@@ -140,13 +153,19 @@ class Decoder(Backbone):
         if input_ids.dim() != 2 or input_ids.shape[1] == 0:
             raise UsageError(f"input_ids must be token ids of shape [batch, tokens]; it is {list(input_ids.shape)}")
         context = self.context(input_ids.shape[1], input_ids.device, cache)
-        return self.lm_head(self.hidden(self.embed_tokens(input_ids), context)[:, -logits_to_keep:])
+        shards = None if self.split_tokens is None else self.split_tokens(input_ids.shape[1])
+        hidden = self.hidden(self.embed_tokens(input_ids), context, shards=shards)
+        return self.lm_head(hidden[:, -logits_to_keep:])
 
 
 def gathers_norm(layer: nn.Module) -> bool:
     """Whether the weight of a layer's norm is there while the layer runs, and not before: FSDP has sharded the layer,
-    and what did it says nothing else of the norm (`parallel.shard`)."""
+    and what did it says nothing else of the norm (`parallel.fsdp`)."""
     return hasattr(layer, "unshard") and not getattr(layer, "norm_is_gathered", False)
+
+
+def _folded_norm(layer: nn.Module) -> nn.Module | None:
+    return None if gathers_norm(layer) else input_norm(layer)
 
 
 def stream_dtype(embedding: Tensor) -> Tensor:
@@ -201,12 +220,9 @@ def initial_weights(decoder: Decoder, seed: int, device: torch.device) -> Iterat
             yield f"{name}.weight", value.normal_(std=initial_std(decoder, name), generator=generator)
         elif isinstance(module, nn.RMSNorm):
             yield f"{name}.weight", torch.ones(module.weight.shape, dtype=module.weight.dtype, device=device)
-        elif isinstance(module, KimiDeltaAttention | MixtureOfExperts):
+        elif isinstance(module, Layer):
             for own_name, value in module.initial_values(partial(expert_std, decoder), generator, device):
                 yield f"{name}.{own_name}", value
-
-
-_ROLES = {"o_proj": "output", "down_proj": "output", "q_proj": "query_key", "k_proj": "query_key"}
 
 
 def initial_std(decoder: Backbone, name: str) -> float:
@@ -216,8 +232,9 @@ def initial_std(decoder: Backbone, name: str) -> float:
     """
     if not name.startswith("layers."):
         return decoder.config.initializer_range
-    shape = decoder.get_parameter(f"{name}.weight").shape
-    return _layer_std(decoder, _ROLES.get(name.rpartition(".")[2], "value"), sum(shape))
+    shape, path = decoder.get_parameter(f"{name}.weight").shape, name.split(".")
+    layer = cast(Layer, decoder.layers[int(path[1])])
+    return _layer_std(decoder, layer.roles.get(path[-1], "value"), sum(shape))
 
 
 def expert_std(decoder: Backbone, role: str) -> float:

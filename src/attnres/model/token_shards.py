@@ -11,16 +11,10 @@ in decoding, lie whole on all of them, and the sums are all-reduced: padding the
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
-
-from ..residual import State
-from .decoder import Backbone, stream_dtype
-from .layers.gqa import Context
 
 
 class TokenShards:
@@ -80,26 +74,3 @@ class TokenShards:
 
     def _all_reduce(self, partial: Tensor) -> None:
         distributed.all_reduce(partial, group=self.group)
-
-
-def hidden_over_processes(
-    model: Backbone,
-    embedding: Tensor,
-    context: Context,
-    observe: Callable[[State, int], None] | None = None,
-    *,
-    shards: TokenShards,
-) -> Tensor:
-    """`Backbone.hidden` where each process has its share of every layer, without gradients.
-
-    Args:
-        embedding: [B, T, D], whole on every process, as the result is.
-        observe: called as by `Backbone.hidden`, with a state of this process's own tokens.
-    """
-    state = model.residual.start(stream_dtype(shards.own(embedding)))
-    for i, layer in enumerate(model.layers[: model.depth]):  # type: ignore[arg-type]
-        if observe is not None and i % 2 == 0:
-            observe(state, i)
-        x, state = model.residual.read(state, i, layer.norm)  # type: ignore[arg-type]
-        state = model.residual.write(state, i, shards.take(layer, layer(shards.gather(x), context)))
-    return shards.gather(model.residual.finish(state, model.norm))

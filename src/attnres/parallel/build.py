@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..model import DecoderConfig
 from . import experts, tensor, weights
 from . import fsdp as shard
-from .part import Chunk
+from .part import ModelPart
 from .pipeline import Layout, chunks
 
 
@@ -22,7 +22,7 @@ def build_parts(
     checkpointing: bool = False,
     dtype: torch.dtype = torch.float32,
     expert_mesh: DeviceMesh | None = None,
-) -> list[Chunk]:
+) -> list[ModelPart]:
     """This process's chunks, in the order of their layers; without a pipeline the whole decoder is one.
 
     No process ever holds more than its own parts and one whole matrix. The initial weights are those of

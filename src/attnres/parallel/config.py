@@ -7,8 +7,8 @@ from typing import Literal, get_args
 
 import torch
 
-from ..errors import UsageError
-from ..model import DecoderConfig
+from ..errors import UsageError, check_counts
+from ..model import DecoderConfig, layer
 from ..model.config import MOST
 
 ScheduleName = Literal[
@@ -135,20 +135,12 @@ class ParallelConfig:
             )
 
     def _check_tensor(self, model: DecoderConfig, context: int) -> None:
-        counts: dict[str, int | None] = {"context": context}
-        kinds, experts = set(model.attention_kinds), [model.has_experts(i) for i in range(model.num_hidden_layers)]
-        if kinds & {"gqa", "mla"}:
-            counts["num_attention_heads"] = model.num_attention_heads
-        if "gqa" in kinds:
-            counts["num_key_value_heads"] = model.num_key_value_heads
-        if "kda" in kinds:
-            counts["linear_num_heads"] = model.linear_num_heads
-        if not all(experts):
-            counts["intermediate_size"] = model.intermediate_size
-        if any(experts):
-            counts["moe_intermediate_size"] = model.moe_intermediate_size
+        kinds = set(model.layer_kinds)
+        if self.tp > 1 and (whole := [kind.__name__ for kind in kinds if not kind.split]):
+            raise UsageError(f"parallel.tp must be 1 for {whole[0]} layers, which do not say how they are split")
+        names = [name for kind in layer.kinds() if kind in kinds for name in kind.divides]
+        counts = {"context": context, **{name: getattr(model, name) for name in names}}
         for name, count in counts.items():
-            assert count is not None
             if count % self.tp:
                 raise UsageError(
                     f"{name} must be a multiple of parallel.tp: {count} over {self.tp} leaves {count % self.tp} over"
@@ -206,8 +198,7 @@ class ParallelConfig:
             )
 
 
-def _positive(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UsageError(f"parallel.{name} must be a positive whole number; it is {value!r}")
+def _positive(name: str, value: int) -> None:
+    check_counts(**{f"parallel.{name}": value})
     if value > MOST:
         raise UsageError(f"parallel.{name} must be at most {MOST}; it is {value}")

@@ -14,10 +14,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from ..errors import UsageError
+from ..model.layer import layers_of
 from ..model.layers.experts import Experts, MixtureOfExperts
-from .tensor import SPLIT, own_parts
-
-EXPERTS = ("gate_proj", "up_proj", "down_proj")
+from .tensor import own_parts
 
 
 def apply(module: nn.Module, mesh: DeviceMesh) -> None:
@@ -26,9 +25,9 @@ def apply(module: nn.Module, mesh: DeviceMesh) -> None:
     It comes before tensor parallelism and sharding. After the backward pass `average_gradients` must follow.
     """
     own = mesh["ep", "tp"] if mesh["tp"].size() > 1 else mesh["ep"]
-    for layer in list(module.modules()):
-        if isinstance(layer, MixtureOfExperts):
-            split_experts(layer, own)
+    for layer in layers_of(module):
+        if layer.experts:
+            split_experts(layer, own)  # type: ignore[arg-type]
 
 
 def exchanged(experts: Experts, group: distributed.ProcessGroup) -> Experts:
@@ -68,8 +67,8 @@ def split_experts(layer: MixtureOfExperts, mesh: DeviceMesh) -> None:
             f"num_experts must be a multiple of the processes that share them: {layer.num_experts} over {processes} "
             f"leaves {layer.num_experts % processes} over"
         )
-    for name in EXPERTS:
-        placements = [Shard(0), Shard(SPLIT[MixtureOfExperts][name])][: mesh.ndim]
+    for name in layer.experts:
+        placements = [Shard(0), Shard(layer.split[name])][: mesh.ndim]
         parameter = getattr(layer, name)
         share = distribute_tensor(parameter.detach(), mesh, placements, src_data_rank=None)
         setattr(layer, name, nn.Parameter(share, parameter.requires_grad))
@@ -88,10 +87,10 @@ class OwnExperts(nn.Module):
     def __init__(self, layer: MixtureOfExperts) -> None:
         super().__init__()
         self._parameters = layer._parameters  # one table: what FSDP puts there is what the layer computes with
-        self.run = layer.run_experts
+        self.run, self.names = layer.run_experts, layer.experts
 
     def forward(self, x_RD: Tensor, count_E: Tensor) -> Tensor:
-        with own_parts([(self, name) for name in EXPERTS]):
+        with own_parts([(self, name) for name in self.names]):
             return self.run(x_RD, count_E)
 
 
@@ -100,8 +99,8 @@ def average_gradients(module: nn.Module, processes: int) -> None:
 
     To be called once, after the backward passes of an optimizer step.
     """
-    for own in module.modules():
-        if isinstance(own, OwnExperts):
-            for parameter in own.parameters():
+    for layer in layers_of(module):
+        if hasattr(layer, "own_experts"):
+            for parameter in layer.own_experts.parameters():  # type: ignore[operator, union-attr]
                 if parameter.grad is not None:
                     parameter.grad /= processes

@@ -7,11 +7,13 @@ its read, before the layer's forward pass begins, so norms must be there all the
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from ..model.layer import ATTENTION_LAYERS
+from ..model.layer import Layer, layers_of
 from .experts import OwnExperts
 
 
@@ -27,17 +29,17 @@ def apply(module: nn.Module, mesh: DeviceMesh, expert_mesh: DeviceMesh | None = 
     # A pipeline keeps gathered matrices from a step's first micro-batch to its last: gathering them again for each
     # would cost more than it saves, and a backward pass in two parts would lose gradients.
     reshard = mesh["pp"].size() == 1
-    layers = list(module.get_submodule("layers").children())
+    layers = layers_of(module)
     matrices = {parameter for layer in layers for parameter in layer.parameters()} - _norms(layers)
     # from the top down: the root would pass over norms inside of layers that are sharded already
     fully_shard(module, mesh=data, ignored_params=matrices)
-    experts = [part for layer in layers for part in layer.modules() if isinstance(part, OwnExperts)]
+    experts: list[OwnExperts] = [layer.own_experts for layer in layers if hasattr(layer, "own_experts")]  # type: ignore[misc]
     if expert_mesh is not None and (copies := _sharing(expert_mesh, "expert_dp", "expert_shard")) is not None:
         for part in experts:
             fully_shard(part, mesh=copies, reshard_after_forward=reshard)
     grouped = _norms(layers) | {parameter for part in experts for parameter in part.parameters()}  # other tensors now
     for block in transformer_blocks(layers):
-        fully_shard(block, mesh=data, ignored_params=grouped, reshard_after_forward=reshard)
+        fully_shard(cast(list[nn.Module], block), mesh=data, ignored_params=grouped, reshard_after_forward=reshard)
         for layer in block:
             layer.norm_is_gathered = True  # type: ignore[assignment]  # with the root's group
 
@@ -56,15 +58,15 @@ def reshard(module: nn.Module) -> None:
             part.reshard()
 
 
-def transformer_blocks(layers: list[nn.Module]) -> list[list[nn.Module]]:
+def transformer_blocks(layers: list[Layer]) -> list[list[Layer]]:
     """Successive layers in groups, each of which an attention begins (the first may have lost it to another stage)."""
-    blocks: list[list[nn.Module]] = []
+    blocks: list[list[Layer]] = []
     for layer in layers:
-        if isinstance(layer, ATTENTION_LAYERS) or not blocks:
+        if layer.is_attention or not blocks:
             blocks.append([])
         blocks[-1].append(layer)
     return blocks
 
 
-def _norms(layers: list[nn.Module]) -> set[nn.Parameter]:
-    return {parameter for layer in layers for parameter in layer.get_submodule("norm").parameters()}
+def _norms(layers: list[Layer]) -> set[nn.Parameter]:
+    return {parameter for layer in layers for parameter in layer.norm.parameters()}

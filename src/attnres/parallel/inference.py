@@ -7,7 +7,7 @@ backward pass. `attnres.model.token_shards` says what travels when.
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, distributed, nn
@@ -16,7 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
 from ..model import Decoder
-from ..model.token_shards import TokenShards, hidden_over_processes
+from ..model.layer import layers_of
+from ..model.token_shards import TokenShards
 from .config import ParallelConfig
 from .tensor import split_parameters
 
@@ -32,16 +33,12 @@ def apply(model: Decoder, mesh: DeviceMesh) -> None:
     ParallelConfig(tp=mesh.size()).check(mesh.size(), model.config, batch_size=1, context=mesh.size())
     group = mesh.get_group()
     model.requires_grad_(False)
-    for layer in model.layers:
+    for layer in layers_of(model):
         layer.leaves_partial_sums = True  # type: ignore[assignment]
         for module, name, dim in list(split_parameters(layer)):
             module.register_parameter(name, _own_part(module.get_parameter(name), dim, group))
     _split_vocabulary(model, group)
-
-    def hidden(embedding: Tensor, *args: Any) -> Tensor:
-        return hidden_over_processes(model, embedding, *args, shards=TokenShards(group, embedding.shape[1]))
-
-    model.hidden = hidden  # type: ignore[method-assign, assignment]
+    model.split_tokens = partial(TokenShards, group)
 
 
 def _own_part(whole: Tensor, dim: int, group: ProcessGroup) -> nn.Parameter:

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ..model import DecoderConfig
 from ..model.decoder import Backbone, stream_dtype
+from ..model.loop import run
 from ..ops.dispatch import shapes_only
 from ..residual import State
 
@@ -47,25 +48,28 @@ def borders(config: DecoderConfig, cuts: Sequence[int], shape: tuple[int, ...], 
             for name, parameter in list(module.named_parameters(recurse=False)):
                 setattr(module, name, nn.Parameter(parameter.to(parameters_in)))
         residual.lean = True
-        state = residual.start(torch.empty(shape, dtype=dtype))
-        for layer in range(max(cuts, default=0)):
-            x, state = residual.read(state, layer)
-            state = residual.write(state, layer, torch.empty_like(x))
-            if layer + 1 in cuts:
+
+        def note(state: State, layer: int) -> None:
+            if layer in cuts:
                 leaves, spec = pytree.tree_flatten(state)
                 kinds = [(leaf.shape, leaf.dtype) for leaf in leaves if leaf is not None]
-                names = tuple(residual.tensor_names(state, layer + 1))
+                names = tuple(residual.tensor_names(state, layer))
                 found.append((names, kinds, spec, tuple(leaf is not None for leaf in leaves)))
+
+        last, state = max(cuts, default=0), residual.start(torch.empty(shape, dtype=dtype))
+        layers = range(last)
+        state = run(residual, layers, state, 0, last, call=lambda _, x: torch.empty_like(x), observe=note)
+        note(state, last)
     return [
         Border(names, tuple(torch.empty(size, dtype=kind, device="meta") for size, kind in kinds), spec, present)
         for names, kinds, spec, present in found
     ]
 
 
-class Chunk(Backbone):
+class ModelPart(Backbone):
     """The layers first .. last - 1 of a decoder, with the embedding before the first and norm and head after the last.
 
-    The first chunk takes token ids [B, T]; the others take the tensors of `before`. The last returns logits [B, T, V];
+    The first part takes token ids [B, T]; the others take the tensors of `before`. The last returns logits [B, T, V];
     the others return those tensors of `after` that `before` lacks. precision: bfloat16 for autocast to it.
     """
 

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from ..model import DecoderConfig
 from . import routing
 from .config import ONE_STAGE, V_SHAPED, ParallelConfig
-from .part import Border, Chunk, borders
+from .part import Border, ModelPart, borders
 from .stage import CachingStage, Store
 
 TOKENS, LOGITS = "tokens", "logits"
@@ -63,11 +63,11 @@ class Layout:
         ]
 
 
-def chunks(config: DecoderConfig, layout: Layout, rank: int, context: int) -> list[Chunk]:
+def chunks(config: DecoderConfig, layout: Layout, rank: int, context: int) -> list[ModelPart]:
     """The chunks of a rank on the meta device: without memory for their parameters yet. context: tokens T."""
     with torch.device("meta"):
         return [
-            Chunk(config, layout.cuts[c], layout.cuts[c + 1], context, layout.before(c), layout.after(c))
+            ModelPart(config, layout.cuts[c], layout.cuts[c + 1], context, layout.before(c), layout.after(c))
             for c in layout.on_rank(rank)
         ]
 
@@ -83,7 +83,7 @@ class Pipeline:
 
     def __init__(
         self,
-        parts: Sequence[Chunk],
+        parts: Sequence[ModelPart],
         layout: Layout,
         parallel: ParallelConfig,
         mesh: DeviceMesh,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed.pipelining import PipelineStage
 
-from .part import Chunk
+from .part import ModelPart
 from .routing import Route
 
 
@@ -82,7 +82,7 @@ class CachingStage(PipelineStage):
 
     def __init__(
         self,
-        chunk: Chunk,
+        chunk: ModelPart,
         index: int,
         num_stages: int,
         device: torch.device,

@@ -6,10 +6,9 @@ T tokens of its input, computes with its share of the heads or of the inner widt
 scattered back to tokens (sequence parallelism, arXiv 2205.05198, section 4.2). So what a mechanism keeps of earlier
 layers is split too, and reading over depth needs no communication.
 
-Grouped-query attention and dense MLPs run as DTensors. The others run on plain tensors with a process's
-own part of each split parameter, as if they were smaller: heads of latent and delta attention, the inner width of every
-expert. What they do not split, such as latents and routing, every process computes for all tokens, and its gradient is
-what follows from this process's share.
+Layers run on plain tensors with a process's own part of each split parameter (`Layer.split`), as if they were smaller:
+heads of attention, the inner width of an MLP and of every expert. What they do not split, such as latents and routing,
+every process computes for all tokens, and its gradient is what follows from this process's share.
 """
 
 from __future__ import annotations
@@ -21,61 +20,33 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
-    PrepareModuleInput,
     RowwiseParallel,
     parallelize_module,
 )
 
 from ..errors import UsageError
-from ..model.layers.experts import MixtureOfExperts
-from ..model.layers.feed_forward import FeedForward
-from ..model.layers.gqa import Attention, Context
-from ..model.layers.kda import KimiDeltaAttention
-from ..model.layers.latent import MultiHeadLatentAttention
+from ..model.layer import Layer, layers_of
+from ..model.layers.gqa import Context
 from ..model.layers.linear import bare_weight
 
 TOKENS = Shard(1)
 
-# the dimension of each parameter that is split
-SPLIT: dict[type[nn.Module], dict[str, int]] = {
-    Attention: {"q_proj.weight": 0, "k_proj.weight": 0, "v_proj.weight": 0, "o_proj.weight": 1},
-    FeedForward: {"gate_proj.weight": 0, "up_proj.weight": 0, "down_proj.weight": 1},
-    MultiHeadLatentAttention: {"q_proj.weight": 0, "kv_b_proj.weight": 0, "o_proj.weight": 1},
-    KimiDeltaAttention: {
-        **{f"{name}.weight": 0 for name in ("q_proj", "k_proj", "v_proj", "f_b_proj", "g_b_proj", "b_proj")},
-        **{f"{name}_conv1d": 0 for name in ("q", "k", "v")},
-        "A_log": 0,
-        "dt_bias": 0,
-        "o_proj.weight": 1,
-    },
-    MixtureOfExperts: {
-        "gate_proj": 1,
-        "up_proj": 1,
-        "down_proj": 2,
-        "shared_experts.gate_proj.weight": 0,
-        "shared_experts.up_proj.weight": 0,
-        "shared_experts.down_proj.weight": 1,
-    },
-}
 
-
-def split_parameters(layer: nn.Module) -> Iterator[tuple[nn.Module, str, int]]:
+def split_parameters(layer: Layer) -> Iterator[tuple[nn.Module, str, int]]:
     """Module and name of every parameter of a layer that is split, and along which dimension.
 
     Raises UsageError for a matrix with something in its layer's place: it would stay whole, and its output be added up
-    once a process.
+    once a process; and for a kind of layer that does not say how it is split.
     """
-    modules = dict(layer.named_modules())
-    for path, dim in SPLIT[type(layer)].items():
+    if not layer.split:
+        raise UsageError(f"{type(layer).__name__} layers say nothing of tensor parallelism; give them a `split`")
+    for path, dim in layer.split.items():
         owner, _, name = path.rpartition(".")
-        if owner not in modules:
-            assert getattr(layer, "shared_experts", layer) is None, f"{type(layer).__name__} has no {owner}"
-            continue
-        module = modules[owner]
+        module = layer.get_submodule(owner)
         if owner and bare_weight(module) is None:
             raise UsageError(
                 f"{owner} must be a plain torch.nn.Linear to be split over processes; it is a "
@@ -92,11 +63,8 @@ def apply(module: nn.Module, mesh: DeviceMesh) -> None:
     logits [B, T, V] on every process. Its weights must be equal on all processes. Rows of the vocabulary need not
     divide by tp. After the backward pass `reduce_replicated_gradients` must follow.
     """
-    for layer in module.get_submodule("layers").children():
-        if isinstance(layer, Attention | FeedForward):
-            _split(layer, mesh, _layer_styles(layer))
-        else:
-            _run_on_own_share(layer, mesh)
+    for layer in layers_of(module):
+        split_layer(layer, mesh, TOKENS)
         layer.register_forward_hook(_as_own_tensor)
     embedding, head = getattr(module, "embed_tokens", None), getattr(module, "lm_head", None)
     tied = embedding is not None and head is not None and head.weight is embedding.weight
@@ -136,50 +104,41 @@ def reduce_replicated_gradients(module: nn.Module, mesh: DeviceMesh) -> None:
         gradient.copy_(total.view_as(gradient))
 
 
-def _layer_styles(layer: nn.Module) -> dict[str, ParallelStyle]:
-    # the input stays a DTensor for all matrices that read it, so that their gradients are added before they travel
-    gather = PrepareModuleInput(input_layouts=(TOKENS, None), desired_input_layouts=(Replicate(), None))
-    if isinstance(layer, Attention):
-        return {
-            "": gather,
-            "q_proj": ColwiseParallel(),
-            "k_proj": ColwiseParallel(),
-            "v_proj": ColwiseParallel(),
-            "o_proj": RowwiseParallel(output_layouts=TOKENS),
-        }
-    assert isinstance(layer, FeedForward), f"no way to split a {type(layer).__name__} is known"
-    return {
-        "": gather,
-        "gate_proj": ColwiseParallel(),
-        "up_proj": ColwiseParallel(),
-        "down_proj": RowwiseParallel(output_layouts=TOKENS),
-    }
-
-
 def _split(module: nn.Module, mesh: DeviceMesh, styles: dict[str, ParallelStyle]) -> None:
     for name, style in styles.items():
         # src_data_rank None: no process sends the others weights that they have already
         parallelize_module(module.get_submodule(name), mesh, style, src_data_rank=None)
 
 
-def _run_on_own_share(layer: nn.Module, mesh: DeviceMesh) -> None:
-    """Splits the parameters that SPLIT names; the layer then takes and returns a process's own tokens."""
-    split = []
-    for module, name, dim in split_parameters(layer):
-        whole_parameter = module.get_parameter(name)
-        if not isinstance(whole_parameter, DTensor):  # experts that are split already
-            part = distribute_tensor(whole_parameter, mesh, [Shard(dim)], src_data_rank=None)
-            module.register_parameter(name, nn.Parameter(part))
-            split.append((module, name))
-    whole = layer.forward
+def split_layer(
+    layer: Layer, mesh: DeviceMesh, tokens: Placement, of_whole: Callable[[Tensor], Tensor] | None = None
+) -> None:
+    """Splits a layer's parameters over the 1-D `mesh`, in place, before or after they have values.
 
-    def forward(x: Tensor, context: Context) -> Tensor:
-        gathered = DTensor.from_local(x, mesh, [TOKENS]).redistribute(placements=[Replicate()])
-        with own_parts(split):
-            share = whole(gathered.to_local(grad_placements=[Partial()]), context)
-        return DTensor.from_local(share, mesh, [Partial()]).redistribute(placements=[TOKENS]).to_local()
+    tokens: where those lie that it then takes and returns: TOKENS, or Replicate() for all of them on every process.
+    of_whole: what it computes with instead of a parameter that is not split.
+    """
+    places = []
+    for module, name, dim in list(split_parameters(layer)):
+        parameter = module.get_parameter(name)
+        if not isinstance(parameter, DTensor):  # experts that are split already
+            part = distribute_tensor(parameter.data, mesh, [Shard(dim)], src_data_rank=None)
+            module.register_parameter(name, nn.Parameter(part, parameter.requires_grad))
+            places.append((module, name))
+    if of_whole is not None:
+        places = [(m, name) for m in layer.modules() for name, p in m._parameters.items() if p is not None]
+    forward = layer.forward
 
-    layer.forward = forward  # type: ignore[method-assign]
+    def own_part(parameter: Any) -> Any:
+        return parameter.to_local() if isinstance(parameter, DTensor) else of_whole(parameter)  # type: ignore[misc]
+
+    def forward_share(x: Tensor, context: Context) -> Tensor:
+        gathered = DTensor.from_local(x, mesh, [tokens]).redistribute(placements=[Replicate()])
+        with own_parts(places, own_part):
+            share = forward(gathered.to_local(grad_placements=[Partial()]), context)
+        return DTensor.from_local(share, mesh, [Partial()]).redistribute(placements=[tokens]).to_local()
+
+    layer.forward = forward_share  # type: ignore[method-assign, assignment]
 
 
 @contextmanager

@@ -17,10 +17,10 @@ from torch.utils import _pytree as pytree
 
 from ..model import DecoderConfig
 from ..model.decoder import stream_dtype
+from ..model.layer import layers_of
 from ..model.layers.experts import Experts, MixtureOfExperts
 from ..ops.dispatch import shapes_only
-from ..parallel.experts import EXPERTS
-from ..parallel.part import Chunk
+from ..parallel.part import ModelPart
 from ..residual import State
 
 
@@ -73,26 +73,22 @@ def footprints(
 
 def share(config: DecoderConfig, tp: int) -> DecoderConfig:
     """The shape as one of tp processes has it, the first: its heads, inner width and rows of the vocabulary."""
-    names = ["num_attention_heads", "num_key_value_heads", "linear_num_heads"]
-    names += ["intermediate_size", "moe_intermediate_size"]
-    # no layer uses what does not divide (`ParallelConfig.check`)
-    sizes = {name: max(1, getattr(config, name) // tp) for name in names}
-    if "gqa" not in config.attention_kinds:
-        sizes["num_key_value_heads"] = sizes["num_attention_heads"]
+    sizes = {name: getattr(config, name) // tp for kind in config.layer_kinds for name in kind.divides}
+    if "num_key_value_heads" not in sizes:  # which no layer uses, and still must divide the others
+        sizes["num_key_value_heads"] = sizes.get("num_attention_heads", config.num_attention_heads)
     return dataclasses.replace(config, vocab_size=-(-config.vocab_size // tp), **sizes)
 
 
 def keep_experts(model: nn.Module, ep: int) -> None:
     """Leaves every mixture of experts the share of one of ep processes, the first, in place."""
-    for layer in model.modules():
-        if isinstance(layer, MixtureOfExperts):
-            for name in EXPERTS:
-                share = getattr(layer, name).detach()[: layer.num_experts // ep]
-                layer.register_parameter(name, nn.Parameter(share))
+    for layer in layers_of(model):
+        for name in layer.experts:
+            whole = getattr(layer, name).detach()
+            layer.register_parameter(name, nn.Parameter(whole[: len(whole) // ep]))
 
 
 def _run(
-    model: Chunk, state: State, first: int, last: int, precision: torch.dtype, checkpointing: bool
+    model: ModelPart, state: State, first: int, last: int, precision: torch.dtype, checkpointing: bool
 ) -> tuple[Footprint, State]:
     """The layers first .. last - 1, and the state after them. state: the token ids in front of the first."""
     parameters = list(model.parameters())
@@ -163,7 +159,7 @@ def _autocast(precision: torch.dtype) -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16)
 
 
-def _copies(model: Chunk, first: int, last: int, precision: torch.dtype) -> int:
+def _copies(model: ModelPart, first: int, last: int, precision: torch.dtype) -> int:
     """Bytes of autocast's copies of the matrices of the layers first .. last - 1; it makes none of experts."""
     matrices = [w for layer in model.layers[first:last] for w in layer.parameters() if w.dim() == 2]
     return sum(w.numel() * precision.itemsize for w in matrices if w.dtype != precision)
@@ -196,15 +192,16 @@ def give_fake_tensors(model: nn.Module, dtype: torch.dtype, ep: int = 1) -> None
             module.register_parameter(name, nn.Parameter(torch.empty(parameter.shape, dtype=dtype)))
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
-        if isinstance(module, MixtureOfExperts):
-            module.exchange = partial(_first_expert, module, ep > 1)
+    for layer in layers_of(model):
+        if layer.experts:
+            layer.exchange = partial(_first_expert, layer, ep > 1)  # type: ignore[assignment, arg-type]
 
 
-def _model(config: DecoderConfig, context: int, tp: int, ep: int, precision: torch.dtype) -> Chunk:
+def _model(config: DecoderConfig, context: int, tp: int, ep: int, precision: torch.dtype) -> ModelPart:
     """The whole model as one of tp and ep processes has it, with fake parameters; its layers take and return T / tp
     tokens."""
     with torch.device("meta"):
-        model = Chunk(share(config, tp), 0, config.num_layers, context)
+        model = ModelPart(share(config, tp), 0, config.num_layers, context)
         keep_experts(model, ep)
     give_fake_tensors(model, torch.promote_types(precision, torch.float32), ep)
     model.residual.lean = True

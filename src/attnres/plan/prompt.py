@@ -23,16 +23,16 @@ from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..errors import UsageError
+from ..errors import check_counts
 from ..model import Decoder, DecoderConfig
 from ..model.cache import KeyValueCache
-from ..model.layers.gqa import Attention
-from ..model.layers.kda import KDAState, KimiDeltaAttention
-from ..model.layers.latent import MultiHeadLatentAttention
+from ..model.layer import layers_of
+from ..model.loop import input_norm, run
 from ..model.token_shards import TokenShards
 from ..ops.dispatch import shapes_only
 from ..ops.no_grad import CHUNK as STACK
 from ..parallel.config import ParallelConfig
+from ..residual import Residual, State
 from .kept import give_fake_tensors, share
 
 
@@ -77,9 +77,7 @@ def plan_inference(
 
     Raises UsageError for sizes that are not positive and for a tp that does not divide the heads.
     """
-    for name, size in (("batch_size", rows), ("context", context), ("prefill_chunk", 1 if chunk is None else chunk)):
-        if size < 1:
-            raise UsageError(f"{name} must be a positive whole number; it is {size}")
+    check_counts(batch_size=rows, context=context, prefill_chunk=1 if chunk is None else chunk)
     ParallelConfig(tp=tp).check(tp, config, batch_size=1, context=tp)
     tokens = min(chunk or context, context)
     # the last chunk has the most before it, and a rest of the prompt has fewer tokens than a whole chunk
@@ -87,7 +85,7 @@ def plan_inference(
     with FakeTensorMode(), shapes_only(), torch.no_grad():
         model = _model(share(config, tp), precision)
         if device == "cuda" and getattr(model.residual, "schedule", None) == "auto" and model.residual.fused:
-            model.residual.two_phase = lambda tensor: True  # type: ignore[method-assign, assignment]
+            model.residual.schedule = "two_phase"  # type: ignore[assignment]
         shards = _SilentShards(tp, tokens)
         kinds = {type(layer): layer for layer in model.layers}
         working = {kind: _layer_bytes(model, layer, shards, rows, past, precision) for kind, layer in kinds.items()}
@@ -135,7 +133,7 @@ class _Live(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.now = self.most = 0
-        self._known: set[int] = set()
+        self._known: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in tree_leaves((args, kwargs)):
@@ -146,18 +144,21 @@ class _Live(TorchDispatchMode):
         self.most = max(self.most, self.now)
         return result
 
+    def forget(self, tensor: Tensor) -> None:
+        """Counts the tensor no longer, though it is held."""
+        self.now -= self._known.get(key := tensor.untyped_storage()._cdata, 0)
+        self._known[key] = 0
+
     def _add(self, tensor: Any, was_there: bool = False) -> None:
         if not isinstance(tensor, Tensor) or tensor.untyped_storage()._cdata in self._known:
             return
         storage = tensor.untyped_storage()
-        size = 0 if was_there else storage.nbytes()
-        self._known.add(storage._cdata)
-        self.now += size
-        weakref.finalize(storage, self._remove, storage._cdata, size)
+        self._known[storage._cdata] = 0 if was_there else storage.nbytes()
+        self.now += self._known[storage._cdata]
+        weakref.finalize(storage, self._remove, storage._cdata)
 
-    def _remove(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
+    def _remove(self, key: int) -> None:
+        self.now -= self._known.pop(key, 0)
 
 
 def _layer_bytes(
@@ -190,31 +191,54 @@ def _walk(
 
     stack: the most elements of sources that a read stacks.
     """
-    most_state = 0
     num_sources = getattr(model.residual, "num_sources", lambda layer: 0)
+    depth, norms = len(model.layers), [input_norm(layer) for layer in model.layers]
     with _Live() as live:
-        state = model.residual.start(torch.empty(rows, shards.count, model.config.hidden_size, dtype=precision))
-        for i, layer in enumerate(model.layers):
-            x, state = model.residual.read(state, i, layer.norm)  # type: ignore[arg-type]
+        residual = _Measured(model.residual, (rows, shards.count, model.config.hidden_size), precision)
+
+        def call(i: int, x: Tensor) -> Tensor:
             torch.empty(min(stack, num_sources(i) * x.numel()), dtype=torch.float32)
-            most_state = max(most_state, _state_bytes(state))
             output = torch.empty_like(x)
-            del x
-            torch.empty(max(0, working(layer) - output.nbytes), dtype=torch.uint8)
-            state = model.residual.write(state, i, output)
-            del output
-            most_state = max(most_state, _state_bytes(state))
+            if not residual.holds(x):
+                live.forget(x)
+            torch.empty(max(0, working(model.layers[i]) - output.nbytes), dtype=torch.uint8)
+            return output
+
+        state = run(residual, range(depth), None, 0, depth, call=call, norm=norms.__getitem__)  # type: ignore[arg-type]
         x = model.residual.finish(state, model.norm)
-        torch.empty(min(stack, num_sources(len(model.layers)) * x.numel()), dtype=torch.float32)
+        torch.empty(min(stack, num_sources(depth) * x.numel()), dtype=torch.float32)
         shards.gather(x)
-    return live.most, most_state
+    return live.most, residual.most
 
 
-def _state_bytes(state: Any) -> int:
-    """Of tokens: without the queries that DepthAttention folds for a pass, which are parameters' size."""
-    state = state._replace(folded=None) if hasattr(state, "folded") else state
-    storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in tree_leaves(state) if isinstance(t, Tensor)}
-    return sum(storage.nbytes() for storage in storages.values())
+class _Measured:
+    """A residual connection, and the most bytes that its states had behind a read or a write.
+
+    It starts with its first read: whoever named the state before that would hold the embedding to the end.
+    """
+
+    def __init__(self, residual: Residual, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+        self.residual, self.most, self.shape, self.dtype = residual, 0, shape, dtype
+
+    def read(self, state: State, layer: int, norm: nn.Module | None) -> tuple[Tensor, State]:
+        state = self.residual.start(torch.empty(self.shape, dtype=self.dtype)) if state is None else state
+        x, state = self.residual.read(state, layer, norm)
+        return x, self._seen(state)
+
+    def write(self, state: State, layer: int, output: Tensor) -> State:
+        return self._seen(self.residual.write(state, layer, output))
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether the newest state has that memory."""
+        return tensor.untyped_storage()._cdata in self._storages
+
+    def _seen(self, state: State) -> State:
+        # of tokens: without the queries that DepthAttention folds for a pass, which are parameters' size
+        of_tokens = state._replace(folded=None) if hasattr(state, "folded") else state
+        tensors = [t for t in tree_leaves(of_tokens) if isinstance(t, Tensor)]
+        self._storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+        self.most = max(self.most, sum(self._storages.values()))
+        return state
 
 
 def _cache(
@@ -222,22 +246,9 @@ def _cache(
 ) -> KeyValueCache:
     """What the layers (or only that one) keep of so many tokens."""
     cache, config = KeyValueCache(), model.config
-    for layer in model.layers:
-        i = getattr(layer, "layer_idx", None)
-        if i is None or tokens == 0 or only not in (None, layer):
-            continue
-        if isinstance(layer, KimiDeltaAttention):
-            width = layer.o_proj.in_features
-            heads, size = width // layer.head_dim, layer.head_dim
-            conv = torch.empty(rows, 3 * width, layer.conv_size - 1, dtype=precision)
-            cache.states[i] = KDAState(conv, torch.empty(rows, heads, size, size, dtype=torch.float32))
-        elif isinstance(layer, MultiHeadLatentAttention):
-            cache.keys[i] = torch.empty(rows, 1, tokens, layer.rank, dtype=precision)
-            cache.values[i] = torch.empty(rows, 1, tokens, layer.shared, dtype=precision)
-        elif isinstance(layer, Attention):
-            heads = layer.k_proj.out_features // layer.head_dim
-            cache.keys[i] = torch.empty(rows, heads, tokens, layer.head_dim, dtype=precision)
-            cache.values[i] = torch.empty_like(cache.keys[i])
+    for layer in layers_of(model):
+        if tokens and only in (None, layer):
+            layer.keep(cache, rows, tokens, precision)
     cache.claim(config)
     return cache
 

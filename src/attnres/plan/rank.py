@@ -8,13 +8,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..model import DecoderConfig
-from ..model.layers.experts import MixtureOfExperts
+from ..model.layer import Layer, layers_of
 from ..parallel.config import ParallelConfig
 from ..parallel.fsdp import transformer_blocks
-from ..parallel.part import Chunk
+from ..parallel.part import ModelPart
 from ..parallel.pipeline import Layout
 from .kept import Footprint
 from .timeline import Pass
@@ -114,7 +114,7 @@ def plan_rank(
     config: DecoderConfig,
     parallel: ParallelConfig,
     layout: Layout,
-    model: Chunk,
+    model: ModelPart,
     sizes: list[Footprint],
     order: list[Pass],
     usable_bytes: float,
@@ -127,7 +127,7 @@ def plan_rank(
     ranges = [(layout.cuts[c], layout.cuts[c + 1]) for c in own]
     parts = [_chunk_parameters(config, model, first, last) for first, last in ranges]
     full = sum(p.numel() for part in parts for p in part)
-    experts = {p for layer in model.modules() if isinstance(layer, MixtureOfExperts) for p in layer.parameters(False)}
+    experts = {getattr(layer, name) for layer in layers_of(model) for name in layer.experts}
     copies, sharers = parallel.expert_replicas
     held = sum(_rows(p, sharers if p in experts else parallel.shard) for part in parts for p in part)
     alone = experts if parallel.ep > 1 and copies * sharers == 1 else set()  # which FSDP has nothing to do with
@@ -138,7 +138,7 @@ def plan_rank(
     elif parallel.dp * parallel.shard > 1:
         blocks = [
             sum(p.numel() for b in block for p in _matrices(b) if p not in alone)
-            for block in transformer_blocks([*model.layers])
+            for block in transformer_blocks(layers_of(model))
         ]
         rest = full - sum(p.numel() for p in alone) - sum(blocks)
         gathered = rest + 3 * max(blocks)  # this block, the next one, and this one's gradients
@@ -164,7 +164,7 @@ def plan_rank(
     )
 
 
-def _chunk_parameters(config: DecoderConfig, model: Chunk, first: int, last: int) -> list[Tensor]:
+def _chunk_parameters(config: DecoderConfig, model: ModelPart, first: int, last: int) -> list[Tensor]:
     with torch.device("meta"):
         residual = config.build_residual()
     residual.keep_layers(first, last)
@@ -178,9 +178,9 @@ def _chunk_parameters(config: DecoderConfig, model: Chunk, first: int, last: int
     return found
 
 
-def _matrices(layer: nn.Module) -> list[Tensor]:
+def _matrices(layer: Layer) -> list[Tensor]:
     """Its parameters but for the input norm's, which stays gathered."""
-    norm = set(layer.get_submodule("norm").parameters())
+    norm = set(layer.norm.parameters())
     return [parameter for parameter in layer.parameters() if parameter not in norm]
 
 

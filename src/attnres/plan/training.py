@@ -17,9 +17,9 @@ import torch
 
 from ..errors import UsageError
 from ..model import DecoderConfig
-from ..model.counting import layer_flops
+from ..model.layer import layers_of
 from ..parallel.config import V_SHAPED, ParallelConfig
-from ..parallel.part import Chunk
+from ..parallel.part import ModelPart
 from ..parallel.pipeline import Layout
 from . import timeline
 from .kept import footprints, keep_experts, share
@@ -130,9 +130,9 @@ def plan(
     layout = Layout(config, parallel, shape, precision)
     orders = timeline.orders(parallel)
     with torch.device("meta"):
-        model = Chunk(share(config, parallel.tp), 0, config.num_layers, context)
+        model = ModelPart(share(config, parallel.tp), 0, config.num_layers, context)
         keep_experts(model, parallel.ep)
-        whole = Chunk(config, 0, config.num_layers, context)
+        whole = ModelPart(config, 0, config.num_layers, context)
     sizes = footprints(config, layout.cuts, shape, precision, parallel.tp, checkpointing, parallel.ep)
     seconds = [
         cluster.compute_seconds(operations * rows * context / parallel.tp)
@@ -168,13 +168,13 @@ def plan(
     )
 
 
-def chunk_flops(config: DecoderConfig, model: Chunk, cuts: list[int], context: int) -> list[float]:
+def chunk_flops(config: DecoderConfig, model: ModelPart, cuts: list[int], context: int) -> list[float]:
     """Forward operations per token of every chunk of the whole `model`, counted as in `model.accounting`."""
     found = []
     for first, last in itertools.pairwise(cuts):
         is_last = last == config.num_layers
         found.append(
-            sum(layer_flops(layer, context) for layer in model.layers[first:last])
+            sum(layer.flops(context) for layer in layers_of(model)[first:last])
             + is_last * 2 * model.lm_head.weight.numel()
             + sum(model.residual.read_flops(layer) for layer in range(first, last + is_last))
         )

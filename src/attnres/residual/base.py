@@ -21,7 +21,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 from .. import ops
-from ..errors import UsageError
+from ..errors import UsageError, check_counts
 from ..ops import Norm
 from ..ops.formulas import scaled_norm
 
@@ -39,9 +39,13 @@ class Residual(nn.Module, ABC):
         num_layers: L, where every attention and every MLP is one layer (a Transformer block has two).
 
     `read` and `finish` take the norm that follows, so that a mechanism can fuse it; the result is then the normalised
-    one. `lean` is set by whoever stores states between layers (activation checkpointing, pipeline hops): a lean state
-    holds what cannot be recomputed and nothing else.
+    one.
     """
+
+    lean: bool
+    """Whether a state keeps only what cannot be computed again from the rest of it. Whoever stores states between
+    layers sets it: activation checkpointing, and the hops of a pipeline. A read then does work again that a fuller
+    state would have kept, such as phase 1 for the layers ahead; what it returns is the same to rounding."""
 
     decoder_options: dict[str, Any] = {}
     """Options with which the decoder builds this mechanism unless its config says otherwise."""
@@ -67,9 +71,7 @@ class Residual(nn.Module, ABC):
 
     def __init__(self, dim: int, num_layers: int) -> None:
         super().__init__()
-        for name, value in (("dim", dim), ("num_layers", num_layers)):
-            if not isinstance(value, int) or value < 1:
-                raise UsageError(f"{name} must be a positive whole number; it is {value!r}")
+        check_counts(dim=dim, num_layers=num_layers)
         self.dim = dim
         self.num_layers = num_layers
         self.lean = False
@@ -90,9 +92,9 @@ class Residual(nn.Module, ABC):
         that it would overwrite or misplace an output, raises UsageError.
         """
 
-    @abstractmethod
     def finish(self, state: State, norm: nn.Module | None = None) -> Tensor:
-        """What the output head's norm sees, [..., D], through `norm` if one is given."""
+        """What the output head's norm sees, [..., D], through `norm` if one is given; by default one more read."""
+        return self.read(state, self.num_layers, norm)[0]
 
     @abstractmethod
     def latest(self, state: State) -> Tensor:
@@ -105,6 +107,10 @@ class Residual(nn.Module, ABC):
         Without a mechanism's word on it nothing is shared between layers.
         """
         return [f"{layer}.{i}" for i, leaf in enumerate(tree_leaves(state)) if leaf is not None]
+
+    def row(self, name: str, layer: int) -> Tensor:
+        """The row of a parameter of `layer_parameters` that is the layer's (num_layers: the output read's)."""
+        return getattr(self, name)[layer - self.first_layer]
 
     def keep_layers(self, first: int, last: int) -> None:
         """Drops the parameters of all layers but first .. last - 1; with last = num_layers the output read's stay too.

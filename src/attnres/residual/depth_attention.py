@@ -150,14 +150,14 @@ class DepthAttention(Residual):
 
     def attend(self, layer: int, sources: tuple[Tensor, ...], scale: float) -> tuple[Tensor, Tensor]:
         """(the read of `layer` times scale, [..., D]; its weights as `depth_weights` gives them), in plain PyTorch."""
-        row, weighing = layer - self.first_layer, self.weighing
+        weighing = self.weighing
         if weighing.mixing == "static":
             dtype, n = formulas.statistics_dtype(sources[0].dtype), len(sources)
-            weights = self.static_weight[row][:n].to(dtype) / n
+            weights = self.row("static_weight", layer)[:n].to(dtype) / n
             shown = weights.view(n, *[1] * (sources[0].dim() - 1)).expand(n, *sources[0].shape[:-1])
             return formulas.mix(weights * scale, sources), shown
-        query = self.pseudo_query[row] if weighing.query == "learned" else self.query_proj[row]
-        key_norm = self.key_norm[row] if weighing.key_normalised else None
+        query = self.row("pseudo_query" if weighing.query == "learned" else "query_proj", layer)
+        key_norm = self.row("key_norm", layer) if weighing.key_normalised else None
         weights, values = weighing.weights(query, sources, key_norm, self.eps)
         h = formulas.mix(weights * scale, values)
         return h if weighing.heads == 1 else h.flatten(-2), weights

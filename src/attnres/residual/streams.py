@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import UsageError
+from ..errors import check_counts
 from ..ops.formulas import statistics_dtype
 from .base import Residual, check_turn, normed
 
@@ -38,8 +38,7 @@ class StreamResidual(Residual):
 
     def __init__(self, dim: int, num_layers: int, num_streams: int) -> None:
         super().__init__(dim, num_layers)
-        if not isinstance(num_streams, int) or num_streams < 1:
-            raise UsageError(f"num_streams must be a positive whole number; it is {num_streams!r}")
+        check_counts(num_streams=num_streams)
         self.num_streams = num_streams
 
     @abstractmethod

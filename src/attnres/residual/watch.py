@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -53,13 +53,20 @@ def watched(residual: Residual) -> Iterator[None]:
         return call
 
     names = [name for name in ("read", "write", "latest", "finish") if name not in vars(residual)]
+    with standing_in(residual, **{name: checked(getattr(residual, name), name) for name in names}):
+        yield
+
+
+@contextmanager
+def standing_in(module: nn.Module, **methods: Callable[..., Any]) -> Iterator[None]:
+    """Within, these stand in the place of the module's own methods, also for the loops of others, such as that of
+    transformers over converted layers."""
     try:
-        for name in names:
-            setattr(residual, name, checked(getattr(residual, name), name))
+        vars(module).update(methods)
         yield
     finally:
-        for name in names:
-            vars(residual).pop(name, None)
+        for name in methods:
+            vars(module).pop(name, None)
 
 
 def _tensors(state: Any) -> list[Tensor]:

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from ..errors import Failure, UsageError
 from ..model import DecoderConfig
-from ..parallel.part import Chunk
+from ..parallel.part import ModelPart
 from ..parallel.weights import EMBEDDING, HEAD, copy_part, held_tensors, place, split_rows
 from ..train.optim import Optimizers
 from . import checkpoint
@@ -50,7 +50,7 @@ def on_first(action: Callable[[], T]) -> T:
 
 
 def save(
-    root: Path, step: int, parts: Sequence[Chunk], optimizer: Optimizers, state: dict[str, Any], keep: int
+    root: Path, step: int, parts: Sequence[ModelPart], optimizer: Optimizers, state: dict[str, Any], keep: int
 ) -> Path:
     """What `checkpoint.save` does, by all processes of a job together, on a disk that all see.
 
@@ -83,7 +83,7 @@ def save(
     return checkpoint.checkpoint_folder(root, step)
 
 
-def load(path: Path, parts: Sequence[Chunk], optimizer: Optimizers) -> tuple[dict[str, Any], int]:
+def load(path: Path, parts: Sequence[ModelPart], optimizer: Optimizers) -> tuple[dict[str, Any], int]:
     """Copies what this process holds out of a checkpoint, sharded or plain; returns the run's state and the step."""
     manifest = on_first(lambda: checkpoint.read_manifest(path))
     if manifest["format"] == checkpoint.PLAIN:
@@ -190,7 +190,7 @@ def _reasons(error: CheckpointException) -> str:
     return "; ".join(sorted({str(failure).strip().partition("\n")[0] for failure, _ in error.failures.values()}))
 
 
-def _model_tensors(parts: Sequence[Chunk]) -> Iterator[tuple[str, Tensor]]:
+def _model_tensors(parts: Sequence[ModelPart]) -> Iterator[tuple[str, Tensor]]:
     """What this process saves under its name in the whole model; of two tied copies the embedding."""
     seen = set()
     for part in parts:
@@ -201,12 +201,12 @@ def _model_tensors(parts: Sequence[Chunk]) -> Iterator[tuple[str, Tensor]]:
                 yield name, tensor
 
 
-def _is_tied_pair(parts: Sequence[Chunk]) -> bool:
+def _is_tied_pair(parts: Sequence[ModelPart]) -> bool:
     first, last = parts[0], parts[-1]
     return first is not last and first.is_first and last.is_last and first.config.tie_word_embeddings
 
 
-def _optimizer_tensors(parts: Sequence[Chunk], optimizer: Optimizers) -> Iterator[tuple[str, Tensor]]:
+def _optimizer_tensors(parts: Sequence[ModelPart], optimizer: Optimizers) -> Iterator[tuple[str, Tensor]]:
     tied = parts[-1].config.tie_word_embeddings
     for owner, parameters in optimizer.state_dict().items():
         for own, values in parameters.items():
@@ -216,7 +216,7 @@ def _optimizer_tensors(parts: Sequence[Chunk], optimizer: Optimizers) -> Iterato
                 yield f"optimizer/{owner}/{EMBEDDING if own == HEAD and tied else own}/{key}", value
 
 
-def _set_optimizer_state(parts: Sequence[Chunk], optimizer: Optimizers, tensors: dict[str, Tensor]) -> None:
+def _set_optimizer_state(parts: Sequence[ModelPart], optimizer: Optimizers, tensors: dict[str, Tensor]) -> None:
     """Gives every parameter the tensors optimizer/OWNER/NAME/KEY, which are this process's parts of them."""
     tied = parts[-1].config.tie_word_embeddings
     by_name: dict[tuple[str, str], dict[str, Tensor]] = {}
@@ -236,7 +236,7 @@ def _set_optimizer_state(parts: Sequence[Chunk], optimizer: Optimizers, tensors:
     optimizer.load_state_dict(state)
 
 
-def _load_plain(path: Path, parts: Sequence[Chunk], optimizer: Optimizers) -> tuple[dict[str, Any], int]:
+def _load_plain(path: Path, parts: Sequence[ModelPart], optimizer: Optimizers) -> tuple[dict[str, Any], int]:
     saved = checkpoint.load(path)
     for part in parts:
         place(part, saved.model_tensors.items())

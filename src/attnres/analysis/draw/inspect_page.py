@@ -21,7 +21,8 @@ from torch import nn
 from ... import __version__, files
 from ...data.tokenizer import Tokenizer
 from ...errors import Failure, UsageError
-from ...model.decoder import Backbone
+from ...model.decoder import backbone_of
+from ...model.layer import layers_of
 from ..measure.inspect import PARTIAL, Inspection, depth_attention_of, entropies, focus, members
 from ..measure.mixing import semiseparable_rank
 from .mixing_plot import VISIBLE
@@ -130,13 +131,11 @@ def page(values: dict[str, Any]) -> str:
 
 
 def _kinds(model: nn.Module, layers: int) -> list[str]:
-    """What each layer is called: the classes of a decoder's layers, attention and MLP in turn for converted models."""
-    backbone = next((module for module in model.modules() if isinstance(module, Backbone)), None)
+    """What each layer is called: the words of a decoder's layers, attention and MLP in turn for converted models."""
+    backbone = backbone_of(model)
     if backbone is None:
         return ["attention" if layer % 2 == 0 else "MLP" for layer in range(layers)]
-    spoken = {"Attention": "attention", "FeedForward": "MLP", "MixtureOfExperts": "MoE"}
-    spoken |= {"KimiDeltaAttention": "KDA", "MultiHeadLatentAttention": "MLA"}
-    return [spoken.get(name := type(layer).__name__, name) for layer in backbone.layers]
+    return [layer.word for layer in layers_of(backbone)]
 
 
 def _column(mechanism: Any, column: int, kinds: Sequence[str]) -> dict[str, Any]:

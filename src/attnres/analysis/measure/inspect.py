@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import Failure, UsageError
-from ...model.decoder import Backbone
+from ...model.decoder import backbone_of
 from ...residual import DepthAttention, State
+from ...residual.watch import standing_in
 from .leave_out import PARTIAL, Cut, Progress, losses, losses_without
 from .mixing import mixing_matrix
 from .probe import layer_by_layer
@@ -125,16 +125,6 @@ def sources_of(residual: DepthAttention, state: State, layer: int) -> list[int]:
     return [PARTIAL if name.startswith("partial") else int(name.split()[1]) for name in names]
 
 
-@contextmanager
-def reading(residual: DepthAttention, read: Callable[..., tuple[Tensor, State]]) -> Iterator[None]:
-    """Within, `read` is what the model calls in the place of the residual connection's own."""
-    residual.read = read  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del residual.read
-
-
 def _listen(model: nn.Module, residual: DepthAttention, tokens: Tensor) -> tuple[list[Read], Tensor, dict[int, State]]:
     """(all reads, the loss at every position but the last, the states in front of every second layer)."""
     seen: dict[int, Read] = {}
@@ -150,14 +140,14 @@ def _listen(model: nn.Module, residual: DepthAttention, tokens: Tensor) -> tuple
                 states[layer] = state
         return read(state, layer, norm)
 
-    with reading(residual, look):
+    with standing_in(residual, read=look):
         loss = losses(model, tokens[None])[0]
     return [seen[layer] for layer in range(residual.num_layers + 1)], loss, states
 
 
 def _mixing(model: nn.Module, residual: DepthAttention, reads: Sequence[Read], tokens: Tensor) -> Tensor:
     """The mean depth mixing matrix; from the weights where `mixing_matrix` cannot solve for it."""
-    if any(isinstance(module, Backbone) for module in model.modules()) and residual.dim > residual.num_layers:
+    if backbone_of(model) is not None and residual.dim > residual.num_layers:
         return mixing_matrix(model, tokens[None])
     size = residual.num_layers + 1
     matrix = torch.zeros(size, size, dtype=torch.float64)

@@ -15,18 +15,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...model.decoder import Backbone, Decoder
+from ...model.decoder import Decoder, backbone_of
 from ...ops import formulas
 from ...residual import DepthAttention, State
 from ...residual.base import normed
+from ...residual.watch import standing_in
 
 TOKENS_AT_ONCE = 4096
 """Tokens of one forward pass over several rows."""
@@ -97,24 +98,18 @@ def losses(model: nn.Module, tokens: Tensor) -> Tensor:
 @contextmanager
 def _starting_at(model: nn.Module, layer: int, state: State) -> Iterator[None]:
     """Within, the model runs from `layer`, the first of a Transformer block, and the state in front of it."""
-    backbone = next((module for module in model.modules() if isinstance(module, Backbone)), None)
-    changed: list[tuple[Any, str]] = []
-    try:
+    backbone = backbone_of(model)
+    with ExitStack() as changed:
         if backbone is not None:
             run = backbone.run_layers
-            backbone.run_layers = lambda _, __, *rest: run(state, layer, *rest)  # type: ignore[method-assign]
-            changed.append((backbone, "run_layers"))
+            changed.enter_context(standing_in(backbone, run_layers=lambda _, __, *rest: run(state, layer, *rest)))
         elif layer:
             from ...hf.convert.surgery import ConvertedLayer, DepthStream  # of the model that is there
 
             blocks = [module for module in model.modules() if isinstance(module, ConvertedLayer)]
             for block in blocks[: layer // 2]:
-                block.forward = lambda *_, **__: DepthStream(state, layer)  # type: ignore[method-assign]
-                changed.append((block, "forward"))
+                changed.enter_context(standing_in(block, forward=lambda *_, **__: DepthStream(state, layer)))
         yield
-    finally:
-        for module, name in changed:
-            delattr(module, name)
 
 
 @contextmanager
@@ -130,11 +125,8 @@ def _deaf(residual: DepthAttention, present: Sequence[Sequence[int]], cuts: Sequ
             weights = _without(weights, torch.tensor(gone, device=weights.device))
         return normed(_mix(weights * residual.scale(len(sources)), sources), norm), sources
 
-    residual.single_read = read  # type: ignore[method-assign]
-    try:
+    with standing_in(residual, single_read=read):
         yield
-    finally:
-        del residual.single_read
 
 
 def _weights(residual: DepthAttention, sources: Sequence[Tensor], layer: int, rows: int) -> Tensor:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UsageError
-from ...model.decoder import Backbone
+from ...model.decoder import Backbone, backbone_of
+from ...model.loop import run
 from ...residual import Residual
 from .probe import evaluating
 
@@ -55,7 +56,7 @@ def mixing_matrices(model: nn.Module, input_ids: Tensor) -> Mixing:
     model: a `Decoder` or a Hugging Face model of this package. Raises UsageError for another, for input_ids that are no
     batch of tokens, and for a model whose width does not exceed its number of layers.
     """
-    backbone = next((module for module in model.modules() if isinstance(module, Backbone)), None)
+    backbone = backbone_of(model)
     if backbone is None:
         raise UsageError(f"model must be a decoder of this package with its residual connection; it is {type(model)}")
     if input_ids.dim() != 2 or input_ids.numel() == 0:
@@ -108,11 +109,13 @@ def _record(model: nn.Module, backbone: Backbone, input_ids: Tensor) -> list[Ten
 @torch.no_grad()
 def _replay(residual: Residual, values: tuple[Tensor, ...]) -> list[Tensor]:
     """h_0 .. h_L of the residual connection over recorded v_0 .. v_L."""
-    state, inputs = residual.start(values[0]), []
-    for layer, output in enumerate(values[1:]):
-        h, state = residual.read(state, layer)
+    inputs: list[Tensor] = []
+
+    def call(output: Tensor, h: Tensor) -> Tensor:
         inputs.append(h)
-        state = residual.write(state, layer, output)
+        return output
+
+    state = run(residual, values[1:], residual.start(values[0]), 0, len(values) - 1, call=call)
     return [*inputs, residual.finish(state)]
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ...model import Decoder
 from ...model.decoder import stream_dtype
+from ...model.loop import input_norm, run
 from ...residual import DepthAttention, Residual, State
 
 
@@ -50,19 +51,19 @@ def _watch(model: Decoder, inputs: Tensor, targets: Tensor) -> list[Tensor]:
     outputs: list[Tensor] = []
 
     def look(state: State, layer: int) -> None:
+        if layer and layer % 2 == 0:
+            outputs.append(residual.latest(state))
         if isinstance(residual, DepthAttention):
             with torch.no_grad():
                 weights.append(residual.depth_weights(state, layer).flatten(1).float().mean(1).cpu())
 
+    def call(layer: nn.Module, x: Tensor) -> Tensor:
+        return layer(x, context)
+
     with torch.enable_grad():
-        state = residual.start(stream_dtype(model.embed_tokens(inputs)))
-        for i, layer in enumerate(model.layers):
-            look(state, i)
-            x, state = residual.read(state, i, layer.norm)  # type: ignore[arg-type]
-            state = residual.write(state, i, layer(x, context))
-            if i % 2:
-                outputs.append(residual.latest(state))
-        look(state, model.config.num_layers)
+        state, depth = residual.start(stream_dtype(model.embed_tokens(inputs))), model.config.num_layers
+        state = run(residual, model.layers, state, 0, depth, call=call, norm=input_norm, observe=look)
+        look(state, depth)
         logits = model.lm_head(residual.finish(state, model.norm))
         # the sum, so that a token's gradient does not depend on how many others share the batch
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ...errors import UsageError
+from ...model.loop import run
 from ...model.token_shards import TokenShards
 from ...residual import Residual, State
 from ...residual.base import gather, release
@@ -159,10 +160,11 @@ class ConvertedLayer(nn.Module):
         if entry.is_parallel(self):
             state = self._parallel(residual, state, shards, kwargs, ends)
         else:
-            h, state = residual.read(state, attention)
-            state = residual.write(state, attention, self._attend(h, shards, kwargs, ends))
-            h, state = residual.read(state, mlp)
-            state = residual.write(state, mlp, self._feed_forward(h, shards))
+            sublayers: dict[int, Callable[[Tensor], Tensor]] = {
+                attention: lambda h: self._attend(h, shards, kwargs, ends),
+                mlp: lambda h: self._feed_forward(h, shards),
+            }
+            state = run(residual, sublayers, state, attention, mlp + 1, call=lambda sublayer, h: sublayer(h))
         if mlp + 1 < count:
             return DepthStream(state, mlp + 1, shards)
         h = residual.finish(state)

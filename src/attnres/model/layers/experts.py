@@ -19,16 +19,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...errors import UsageError
+from ...errors import UsageError, check_counts
+from ..config import DecoderShape
+from ..layer import Layer, layer_input
 from .experts_cpu import token_experts
-from .gqa import layer_input
+from .feed_forward import FeedForward, SwiGLU
 from .linear import linear_in
 
 Experts = Callable[[Tensor, Tensor], Tensor]
 """Outputs [R, D] for inputs [R, D] sorted by expert, and how many rows [E] each expert has."""
 
 
-class MixtureOfExperts(nn.Module):
+class MixtureOfExperts(Layer):
     """One mixture-of-experts layer, with its input norm.
 
     Args:
@@ -43,6 +45,16 @@ class MixtureOfExperts(nn.Module):
     Raises UsageError for a size outside its range.
     """
 
+    word = "MoE"
+    is_attention = False
+    experts = ("gate_proj", "up_proj", "down_proj")
+    split = {
+        "gate_proj": 1,
+        "up_proj": 1,
+        "down_proj": 2,
+        **{f"shared_experts.{path}": dim for path, dim in FeedForward.split.items()},
+    }
+    divides = ("moe_intermediate_size",)
     correction_bias: Tensor
     load: Tensor
 
@@ -68,10 +80,25 @@ class MixtureOfExperts(nn.Module):
         self.shared_experts = (
             SwiGLU(hidden_size, num_shared_experts * intermediate_size) if num_shared_experts else None
         )
+        if not num_shared_experts:
+            self.split = {name: type(self).split[name] for name in self.experts}
         self.register_buffer("correction_bias", torch.zeros(num_experts, dtype=torch.float32))
         self.register_buffer("load", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
         self.exchange: Callable[[Experts], Experts] | None = None  # what makes of a process's own experts all of them
         self.reset_parameters()
+
+    @classmethod
+    def from_config(cls, config: DecoderShape, block: int) -> MixtureOfExperts:
+        assert config.moe_intermediate_size is not None
+        return cls(
+            hidden_size=config.hidden_size,
+            intermediate_size=config.moe_intermediate_size,
+            num_experts=config.num_experts,
+            experts_per_token=config.num_experts_per_tok,
+            num_shared_experts=config.num_shared_experts,
+            scaling=config.routed_scaling_factor,
+            norm_eps=config.rms_norm_eps,
+        )
 
     def forward(self, x_BTD: Tensor, context: Any = None) -> Tensor:
         """The layer's output [B, T, D] for its already normalised input [B, T, D]."""
@@ -125,7 +152,7 @@ class MixtureOfExperts(nn.Module):
         self.load.zero_()
 
     def initial_values(
-        self, std: Callable[[str], float], generator: torch.Generator, device: torch.device
+        self, std: Callable[[str], float], generator: torch.Generator | None, device: torch.device
     ) -> Iterator[tuple[str, Tensor]]:
         """Name and normal initial value of every 3-D parameter, whole, one after the other.
 
@@ -137,6 +164,15 @@ class MixtureOfExperts(nn.Module):
             value = torch.empty(shape, dtype=parameter.dtype, device=device)
             yield name, value.normal_(std=std(role), generator=generator)
 
+    def flops(self, context: int) -> float:
+        """Of the experts those that a token is sent to."""
+        routed = sum(getattr(self, name).numel() for name in self.experts)
+        return super().flops(context) + 2.0 * routed * self.experts_per_token / self.num_experts
+
+    def idle_parameters(self) -> int:
+        routed = sum(getattr(self, name).numel() for name in self.experts)
+        return routed * (self.num_experts - self.experts_per_token) // self.num_experts
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MixtureOfExperts:
         bias = self.correction_bias
         super()._apply(fn, recurse)
@@ -147,7 +183,7 @@ class MixtureOfExperts(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Experts as torch initialises a linear layer of their shape; balancing starts anew."""
-        for parameter in (self.gate_proj, self.up_proj, self.down_proj):
+        for parameter in (getattr(self, name) for name in self.experts):
             bound = parameter.shape[-1] ** -0.5
             nn.init.uniform_(parameter, -bound, bound)
         self.correction_bias.zero_()
@@ -155,19 +191,6 @@ class MixtureOfExperts(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, experts_per_token={self.experts_per_token}, scaling={self.scaling}"
-
-
-class SwiGLU(nn.Module):
-    """W_down(silu(W_gate x) * W_up x)."""
-
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 def looped_experts(x_RD: Tensor, gate_EID: Tensor, up_EID: Tensor, down_EDI: Tensor, count_E: Tensor) -> Tensor:
@@ -219,10 +242,7 @@ class _Counted(torch.autograd.Function):
 
 
 def _check(hidden: int, inner: int, experts: int, chosen: int, shared: int, scaling: float) -> None:
-    sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_experts": experts, "experts_per_token": chosen}
-    for name, size in sizes.items():
-        if not isinstance(size, int) or size < 1:
-            raise UsageError(f"{name} must be a positive whole number; it is {size!r}")
+    check_counts(hidden_size=hidden, intermediate_size=inner, num_experts=experts, experts_per_token=chosen)
     if chosen > experts:
         raise UsageError(
             f"experts_per_token must be at most num_experts; it is {chosen}, and there are {experts} experts"

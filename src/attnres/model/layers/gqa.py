@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import DecoderConfig
+from ..config import DecoderConfig, DecoderShape
+from ..layer import Layer, layer_input
 
 
 class Cache(Protocol):
@@ -94,7 +95,8 @@ class Context(NamedTuple):
     the wide heads of latent attention's absorbed form; present: [B, T, 1], 0 at padding and else 1, for layers without
     masks, or None for no padding; cu_seqlens: int [N + 1], where N sequences that do not see each other begin and end
     if all rows follow one another, for linear attention layers (masks say it to the others), or None;
-    normalise: whether the layer gets what stands before its norm.
+    normalise: whether the layer gets what stands before its norm; window_mask: a mask of the form of `attend` for
+    sliding-window attention, None for one of plain causal attention's.
     """
 
     cos: Tensor
@@ -106,21 +108,17 @@ class Context(NamedTuple):
     present: Tensor | None = None
     cu_seqlens: Tensor | None = None
     normalise: bool = False
+    window_mask: Any = None
 
 
-def layer_input(layer: nn.Module, x_BTD: Tensor, context: Context | None) -> Tensor:
-    """What a layer starts from: x [B, T, D], through the layer's norm first if the context says so."""
-    if getattr(context, "normalise", False):
-        x_BTD = layer.norm(x_BTD)  # type: ignore[operator]
-    return x_BTD
-
-
-class Attention(nn.Module):
+class Attention(Layer):
     """One attention layer: its input norm and four projections. `layer_idx` counts attention layers, for the cache.
 
     The attributes are named as the attention functions of Hugging Face read them.
     """
 
+    split = {"q_proj.weight": 0, "k_proj.weight": 0, "v_proj.weight": 0, "o_proj.weight": 1}
+    divides = ("num_attention_heads", "num_key_value_heads")
     is_causal = True
 
     def __init__(self, config: DecoderConfig, layer_idx: int) -> None:
@@ -148,8 +146,29 @@ class Attention(nn.Module):
         q_BHTE, k_BKTE = rotate(q_BHTE, context), rotate(k_BKTE, context)
         if context.cache is not None:
             k_BKTE, v_BKTE = context.cache.update(k_BKTE, v_BKTE, self.layer_idx)
-        o_BTHE = context.attend(self, q_BHTE, k_BKTE, v_BKTE, context.mask)
-        return self.o_proj(o_BTHE.flatten(2))
+        return self.o_proj(self.attend(q_BHTE, k_BKTE, v_BKTE, context).flatten(2))
+
+    def attend(self, q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, context: Context) -> Tensor:
+        """Attention [B, T, H, E] of rotated queries over all keys and values, those of earlier tokens included."""
+        return context.attend(self, q_BHTE, k_BKSE, v_BKSE, context.mask)
+
+    def flops(self, context: int) -> float:
+        """Beside the matrices 2 for every channel of a key and of a value, over the mean of (context + 1) / 2 keys."""
+        return super().flops(context) + 2 * (context + 1) * self.o_proj.in_features
+
+    @classmethod
+    def kept(cls, config: DecoderShape) -> str:
+        return f"{config.num_key_value_heads} keys and values of width {config.head_dim} a token"
+
+    def keep(self, cache: Cache, rows: int, tokens: int, dtype: torch.dtype) -> None:
+        heads = self.k_proj.out_features // self.head_dim
+        keys = torch.empty(rows, heads, tokens, self.head_dim, dtype=dtype)
+        cache.update(keys, torch.empty_like(keys), self.layer_idx)
+
+    @classmethod
+    def paged(cls, config: DecoderShape) -> tuple[int, int, int] | None:
+        assert config.num_key_value_heads is not None and config.head_dim is not None
+        return config.num_key_value_heads, config.head_dim, config.head_dim
 
 
 def rotary_factors(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...errors import UsageError
+from ...errors import UsageError, check_counts
 from ...residual.base import normed
+from ..config import DecoderShape
+from ..layer import Layer, layer_input
 from .delta_rule import check_chunk_size, delta_rule
-from .gqa import Context, layer_input
+from .gqa import Cache, Context
 
 
 class KDAState(NamedTuple):
@@ -32,7 +34,7 @@ class KDAState(NamedTuple):
     memory: Tensor
 
 
-class KimiDeltaAttention(nn.Module):
+class KimiDeltaAttention(Layer):
     """One Kimi Delta Attention layer, with its input norm. Parameters are named as in Kimi Linear's published model.
 
     Args:
@@ -46,6 +48,17 @@ class KimiDeltaAttention(nn.Module):
     Raises UsageError for a size that cannot be.
     """
 
+    word = "KDA"
+    split = {
+        **{f"{name}.weight": 0 for name in ("q_proj", "k_proj", "v_proj", "f_b_proj", "g_b_proj", "b_proj")},
+        **{f"{name}_conv1d": 0 for name in ("q", "k", "v")},
+        "A_log": 0,
+        "dt_bias": 0,
+        "o_proj.weight": 1,
+    }
+    divides = ("linear_num_heads",)
+    cache_type = "linear_attention"
+
     def __init__(
         self,
         *,
@@ -58,10 +71,7 @@ class KimiDeltaAttention(nn.Module):
         chunk_size: int = 64,
     ) -> None:
         super().__init__()
-        sizes = {"hidden_size": hidden_size, "num_heads": num_heads, "head_dim": head_dim, "conv_size": conv_size}
-        for name, size in sizes.items():
-            if not isinstance(size, int) or size < 1:
-                raise UsageError(f"{name} must be a positive whole number; it is {size!r}")
+        check_counts(hidden_size=hidden_size, num_heads=num_heads, head_dim=head_dim, conv_size=conv_size)
         check_chunk_size(chunk_size)
         width = num_heads * head_dim
         self.num_heads, self.head_dim, self.conv_size = num_heads, head_dim, conv_size
@@ -83,6 +93,19 @@ class KimiDeltaAttention(nn.Module):
         self.o_norm = nn.RMSNorm(head_dim, norm_eps)
         self.o_proj = nn.Linear(width, hidden_size, bias=False)
         self.reset_parameters()
+
+    @classmethod
+    def from_config(cls, config: DecoderShape, block: int) -> KimiDeltaAttention:
+        assert config.linear_num_heads is not None and config.linear_head_dim is not None
+        return cls(
+            hidden_size=config.hidden_size,
+            num_heads=config.linear_num_heads,
+            head_dim=config.linear_head_dim,
+            conv_size=config.linear_conv_kernel_dim,
+            layer_idx=block,
+            norm_eps=config.rms_norm_eps,
+            chunk_size=config.linear_chunk_size,
+        )
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         """The layer's output [B, T, D] for its already normalised input [B, T, D].
@@ -178,6 +201,27 @@ class KimiDeltaAttention(nn.Module):
         yield "A_log", uniform("A_log", 1, 16).log()
         step = 10 ** uniform("dt_bias", -3, -1)
         yield "dt_bias", step + torch.log(-torch.expm1(-step))
+
+    def flops(self, context: int) -> float:
+        """Beside the matrices, per head of width E in chunks of C: three products with the E x E state (6 E^2), and
+        within a chunk two with keys for the scores and three to apply them, over the mean of (C + 1) / 2 tokens
+        (5 (C + 1) E); and 2 for every weight of the short convolutions."""
+        width = self.o_proj.in_features
+        products = width * (6 * self.head_dim + 5 * (self.chunk_size + 1))
+        return super().flops(context) + products + 2 * 3 * width * self.conv_size
+
+    @classmethod
+    def kept(cls, config: DecoderShape) -> str:
+        return (
+            f"{config.linear_num_heads} linear attention states of {config.linear_head_dim} x "
+            f"{config.linear_head_dim} with a convolution over {config.linear_conv_kernel_dim} tokens"
+        )
+
+    def keep(self, cache: Cache, rows: int, tokens: int, dtype: torch.dtype) -> None:
+        width, size = self.o_proj.in_features, self.head_dim
+        conv = torch.empty(rows, 3 * width, self.conv_size - 1, dtype=dtype)
+        memory = torch.empty(rows, width // size, size, size, dtype=torch.float32)
+        cache.set_linear_state(self.layer_idx, KDAState(conv, memory))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from ...residual.base import normed
-from ..config import DecoderConfig
-from .gqa import Context, layer_input
+from ..config import DecoderConfig, DecoderShape
+from ..layer import Layer, layer_input
+from .gqa import Cache, Context
 from .linear import bare_weight
 
 
-class MultiHeadLatentAttention(nn.Module):
+class MultiHeadLatentAttention(Layer):
     """One latent attention layer: its input norm, the projections, and the norm of the latent.
 
     `layer_idx` counts attention layers of all kinds, for the cache. Modules are named as in DeepSeek's and Kimi's
@@ -31,6 +32,9 @@ class MultiHeadLatentAttention(nn.Module):
     read them.
     """
 
+    word = "MLA"
+    split = {"q_proj.weight": 0, "kv_b_proj.weight": 0, "o_proj.weight": 1}
+    divides = ("num_attention_heads",)
     is_causal = True
     num_key_value_groups = 1
 
@@ -65,6 +69,25 @@ class MultiHeadLatentAttention(nn.Module):
         else:
             o_BTHV = self.expanded(q_BHTE, c_B1SR, p_B1SP, context)
         return self.o_proj(o_BTHV.flatten(2))
+
+    def flops(self, context: int) -> float:
+        """Beside the matrices, in the expanded form, 2 for every channel of a key and of a value, over the mean of
+        (context + 1) / 2 keys."""
+        return super().flops(context) + (context + 1) * (self.q_proj.out_features + self.o_proj.in_features)
+
+    @classmethod
+    def kept(cls, config: DecoderShape) -> str:
+        return f"a latent of {config.kv_lora_rank} + {config.qk_rope_head_dim} numbers a token"
+
+    def keep(self, cache: Cache, rows: int, tokens: int, dtype: torch.dtype) -> None:
+        latents, keys = (torch.empty(rows, 1, tokens, width, dtype=dtype) for width in (self.rank, self.shared))
+        cache.update(latents, keys, self.layer_idx)
+
+    @classmethod
+    def paged(cls, config: DecoderShape) -> tuple[int, int, int] | None:
+        assert config.qk_nope_head_dim is not None and config.qk_rope_head_dim is not None
+        assert config.v_head_dim is not None
+        return config.num_attention_heads, config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
 
     def absorbs(self, new: int, tokens: int) -> bool:
         """Whether the absorbed form takes fewer operations for `new` queries over `tokens` keys."""

@@ -71,9 +71,6 @@ class ANCRe(RaggedResidual):
     def latest(self, state: HistoryState) -> Tensor:
         return state.states[-1]
 
-    def finish(self, state: HistoryState, norm: nn.Module | None = None) -> Tensor:
-        return self.read(state, self.num_layers, norm)[0]
-
     def tensor_names(self, state: HistoryState, layer: int) -> list[str]:
         return [f"state {i}" for i in range(len(state.states))]
 

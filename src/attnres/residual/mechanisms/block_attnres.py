@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import ops
-from ...errors import UsageError
+from ...errors import UsageError, check_counts
 from ..base import check_turn, normed, split_norm, split_scaled
 from ..depth_attention import DepthAttention
 from ..registry import register
@@ -127,9 +127,6 @@ class BlockAttnRes(DepthAttention):
     def latest(self, state: BlockState) -> Tensor:
         return self.sources(state, self.num_layers)[-1]
 
-    def finish(self, state: BlockState, norm: nn.Module | None = None) -> Tensor:
-        return self.read(state, self.num_layers, norm)[0]
-
     def sources(self, state: BlockState, layer: int) -> tuple[Tensor, ...]:
         partial = state.partial if state.update is None else _plus(state.partial, state.update)
         return state.blocks if partial is None else (*state.blocks, partial)
@@ -181,9 +178,8 @@ def block_starts(num_layers: int, block_size: int | None, num_blocks: int | None
     """First layer of every block, from one of the two sizes."""
     if block_size is not None and num_blocks is not None:
         raise UsageError(f"give block_size or num_blocks, not both; they are {block_size} and {num_blocks}")
-    for name, value in (("block_size", block_size), ("num_blocks", num_blocks)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise UsageError(f"{name} must be a positive whole number; it is {value!r}")
+    sizes = {"block_size": block_size, "num_blocks": num_blocks}
+    check_counts(**{name: size for name, size in sizes.items() if size is not None})
     if block_size is not None:
         return tuple(range(0, num_layers, block_size))
     count = min(8, num_layers) if num_blocks is None else num_blocks

@@ -57,9 +57,6 @@ class DenseResidual(RaggedResidual):
     def latest(self, state: BankState) -> Tensor:
         return state.bank[-1] if state.stream is None else state.stream
 
-    def finish(self, state: BankState, norm: nn.Module | None = None) -> Tensor:
-        return self.read(state, self.num_layers, norm)[0]
-
     def tensor_names(self, state: BankState, layer: int) -> list[str]:
         names = [f"block {i}" for i in range(len(state.bank))]
         return names if state.stream is None else [*names, f"stream {layer}"]

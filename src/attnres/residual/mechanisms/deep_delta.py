@@ -64,7 +64,7 @@ class Delta(PreNorm):
 
     def write(self, state: SumState, layer: int, output: Tensor) -> SumState:
         dtype = statistics_dtype(output.dtype)
-        rows = (getattr(self, name)[layer - self.first_layer].to(dtype) for name in self.layer_parameters)
+        rows = (self.row(name, layer).to(dtype) for name in self.layer_parameters)
         beta_weight, beta_bias, value_weight, value_bias = rows
         x, direction = state.stream.to(dtype), output.to(dtype)
         k = direction * torch.rsqrt(direction.square().sum(-1, keepdim=True) + LENGTH_EPS**2)

@@ -70,8 +70,8 @@ class DeltaAttnRes(Residual):
         stream = self._sum(state) if stream is None else stream
         if layer in (0, self.num_layers):
             return normed(stream, norm), DeltaState(deltas, partial, stream)
-        row = layer - self.first_layer
-        selected, handed_on = ops.read_norm_chained(self.pseudo_query[row], deltas, self.key_norm[row], self.eps)
+        query, key_norm = self.row("pseudo_query", layer), self.row("key_norm", layer)
+        selected, handed_on = ops.read_norm_chained(query, deltas, key_norm, self.eps)
         fold, rest = split_norm(norm, self.dim)
         _, x = ops.add_norm(stream, selected, norm=fold)
         return normed(x, rest), DeltaState(tuple(handed_on), partial, stream)
@@ -86,20 +86,14 @@ class DeltaAttnRes(Residual):
     def latest(self, state: DeltaState) -> Tensor:
         return state.deltas[-1] if state.partial is None else state.partial
 
-    def finish(self, state: DeltaState, norm: nn.Module | None = None) -> Tensor:
-        return self.read(state, self.num_layers, norm)[0]
-
     def tensor_names(self, state: DeltaState, layer: int) -> list[str]:
         names = [f"delta {n}" for n in range(len(state.deltas))]
         return names if state.partial is None else [*names, f"partial {layer}"]
 
     def depth_weights(self, state: DeltaState, layer: int) -> Tensor:
         """Softmax weights [number of deltas, ...] of the read of `layer`, 0 < layer < num_layers."""
-        row = layer - self.first_layer
-        _, weights = ops.depth_attention(
-            self.pseudo_query[row], state.deltas, self.key_norm[row], self.eps, return_weights=True
-        )
-        return weights
+        query, key_norm = self.row("pseudo_query", layer), self.row("key_norm", layer)
+        return ops.depth_attention(query, state.deltas, key_norm, self.eps, return_weights=True)[1]
 
     def read_flops(self, layer: int) -> int:
         if layer in (0, self.num_layers):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ...errors import UsageError
+from ...errors import check_counts
 from ...ops.formulas import mix, statistics_dtype
 from ..registry import register
 from .block_bank import DenseResidual
@@ -36,9 +36,7 @@ class DenseFormer(DenseResidual):
 
     def __init__(self, dim: int, num_layers: int, *, block_size: int = 2, dilation: int = 1, period: int = 1) -> None:
         super().__init__(dim, num_layers, block_size)
-        for name, value in (("dilation", dilation), ("period", period)):
-            if not isinstance(value, int) or value < 1:
-                raise UsageError(f"{name} must be a positive whole number; it is {value!r}")
+        check_counts(dilation=dilation, period=period)
         self.dilation, self.period = dilation, period
         self.alpha = nn.ParameterDict(
             {

@@ -102,9 +102,6 @@ class FullAttnRes(DepthAttention):
     def latest(self, state: FullState) -> Tensor:
         return state.outputs[-1]
 
-    def finish(self, state: FullState, norm: nn.Module | None = None) -> Tensor:
-        return self.read(state, self.num_layers, norm)[0]
-
     def sources(self, state: FullState, layer: int) -> tuple[Tensor, ...]:
         return state.outputs
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ... import ops
-from ...errors import UsageError
+from ...errors import UsageError, check_counts
 from ..base import Residual, check_turn, normed
 from ..registry import register
 
@@ -60,9 +60,7 @@ class GatedResidual(Residual):
     ) -> None:
         super().__init__(dim, num_layers)
         rank = max(1, dim // 8) if rank is None else rank
-        for name, value in (("num_streams", num_streams), ("rank", rank)):
-            if not isinstance(value, int) or value < 1:
-                raise UsageError(f"{name} must be a positive whole number; it is {value!r}")
+        check_counts(num_streams=num_streams, rank=rank)
         if not eps >= 0:
             raise UsageError(f"eps must be zero or positive; it is {eps}")
         self.num_streams, self.rank, self.eps = num_streams, rank, eps
@@ -82,15 +80,14 @@ class GatedResidual(Residual):
         return GatedState(embedding.unsqueeze(-2).expand(*embedding.shape[:-1], self.num_streams, self.dim), None)
 
     def read(self, state: GatedState, layer: int, norm: nn.Module | None = None) -> tuple[Tensor, GatedState]:
-        row, streams = layer - self.first_layer, state.streams
-        dtype = streams.dtype
-        unit = ops.rms_norm(streams, (None, self.eps)) * self.stream_norm[row].to(dtype)
+        streams, dtype = state.streams, state.streams.dtype
+        unit = ops.rms_norm(streams, (None, self.eps)) * self.row("stream_norm", layer).to(dtype)
         wide = unit.flatten(-2) / self.num_streams
-        inner = F.silu(F.linear(wide, self.gate_down[row].to(dtype)))
-        weights = torch.sigmoid(F.linear(inner, self.gate_up[row].to(dtype))).unflatten(-1, unit.shape[-2:])
+        inner = F.silu(F.linear(wide, self.row("gate_down", layer).to(dtype)))
+        weights = torch.sigmoid(F.linear(inner, self.row("gate_up", layer).to(dtype))).unflatten(-1, unit.shape[-2:])
         gates = None
         if layer < self.num_layers:
-            gates = 2 * torch.sigmoid(F.linear(wide, self.inject[row].to(dtype)))
+            gates = 2 * torch.sigmoid(F.linear(wide, self.row("inject", layer).to(dtype)))
         return normed((weights * unit).mean(-2), norm), GatedState(streams, gates)
 
     def write(self, state: GatedState, layer: int, output: Tensor) -> GatedState:
@@ -100,9 +97,6 @@ class GatedResidual(Residual):
 
     def latest(self, state: GatedState) -> Tensor:
         return state.streams
-
-    def finish(self, state: GatedState, norm: nn.Module | None = None) -> Tensor:
-        return self.read(state, self.num_layers, norm)[0]
 
     def read_flops(self, layer: int) -> int:
         wide = self.num_streams * self.dim

@@ -47,8 +47,9 @@ class Highway(PreNorm):
         nn.init.constant_(self.gate_bias, self.initial_bias)
 
     def write(self, state: SumState, layer: int, output: Tensor) -> SumState:
-        x, row = state.stream, layer - self.first_layer
-        gate = torch.sigmoid(F.linear(x, self.gate_weight[row].to(x.dtype), self.gate_bias[row].to(x.dtype)))
+        x = state.stream
+        weight, bias = (self.row(name, layer).to(x.dtype) for name in ("gate_weight", "gate_bias"))
+        gate = torch.sigmoid(F.linear(x, weight, bias))
         return super().write(state, layer, gate * (output - x))
 
     def read_flops(self, layer: int) -> int:

@@ -77,11 +77,11 @@ class HyperConnections(StreamResidual):
         return super().init_scale(role) * (self.num_streams**0.5 if role == "output" else 1.0)
 
     def coefficients(self, streams: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        row, dtype = layer - self.first_layer, statistics_dtype(streams.dtype)
-        beta, alpha_m, alpha_r = (p[row].to(dtype) for p in (self.beta, self.alpha_m, self.alpha_r))
+        dtype = statistics_dtype(streams.dtype)
+        beta, alpha_m, alpha_r = (self.row(name, layer).to(dtype) for name in ("beta", "alpha_m", "alpha_r"))
         if self.dynamic:
-            moved = torch.tanh(project(streams, self.projection[row], NORM_EPS))
-            scale = self.scale[row].to(dtype)
+            moved = torch.tanh(project(streams, self.row("projection", layer), NORM_EPS))
+            scale = self.row("scale", layer).to(dtype)
             beta = beta + scale[0] * moved[..., 0]
             alpha_m = alpha_m + scale[1] * moved[..., 1]
             alpha_r = alpha_r + scale[1] * moved[..., 2:]

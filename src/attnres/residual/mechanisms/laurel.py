@@ -85,16 +85,16 @@ class Laurel(PreNorm):
         return LaurelState(embedding, None, ())
 
     def write(self, state: State, layer: int, output: Tensor) -> State:
-        x, row = state.stream, layer - self.first_layer
-        kept = x
+        kept = x = state.stream
         if self.rank:
             seen = x
-            for gamma, earlier in zip(self._gammas(row), reversed(state.history), strict=False):
+            gammas = self.row("previous_weights", layer).unbind() if self.previous else ()
+            for gamma, earlier in zip(gammas, reversed(state.history), strict=False):
                 seen = seen + gamma.to(x.dtype) * earlier
-            low = F.linear(seen, self.down[row].to(x.dtype))
-            kept = x + F.linear(low, self.up[row].to(x.dtype))
+            low = F.linear(seen, self.row("down", layer).to(x.dtype))
+            kept = x + F.linear(low, self.row("up", layer).to(x.dtype))
         if self.weights:
-            a, b = (2 * torch.sigmoid(self.weight_logits[row])).to(x.dtype).unbind()
+            a, b = (2 * torch.sigmoid(self.row("weight_logits", layer))).to(x.dtype).unbind()
             output, kept = a * output, b * kept
         after: State = super().write(state, layer, output + (kept - x))
         history = (*state.history, x)[-self.previous :] if self.previous else ()
@@ -110,6 +110,3 @@ class Laurel(PreNorm):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, weights={self.weights}, rank={self.rank}, previous={self.previous}"
-
-    def _gammas(self, row: int) -> tuple[Tensor, ...]:
-        return self.previous_weights[row].unbind() if self.previous else ()

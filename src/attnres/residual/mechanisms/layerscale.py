@@ -46,7 +46,7 @@ class LayerScale(PreNorm):
         nn.init.constant_(self.scale, self.init)
 
     def write(self, state: SumState, layer: int, output: Tensor) -> SumState:
-        return super().write(state, layer, output * self.scale[layer - self.first_layer].to(output.dtype))
+        return super().write(state, layer, output * self.row("scale", layer).to(output.dtype))
 
     def read_flops(self, layer: int) -> int:
         return self.dim if layer < self.num_layers else 0

@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ...errors import UsageError
+from ...errors import check_counts
 from ..registry import register
 from ..sinkhorn import sinkhorn
 from ..streams import StreamResidual, project
@@ -69,9 +69,9 @@ class GatedStreams(StreamResidual):
         raise NotImplementedError
 
     def coefficients(self, streams: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        row, n = layer - self.first_layer, self.num_streams
-        projected = project(streams.flatten(-2), self.projection[row], NORM_EPS)
-        gate, bias = self.gate[row].to(projected.dtype), self.bias[row].to(projected.dtype)
+        n = self.num_streams
+        projected = project(streams.flatten(-2), self.row("projection", layer), NORM_EPS)
+        gate, bias = (self.row(name, layer).to(projected.dtype) for name in ("gate", "bias"))
         pre, post, res = (
             a * x + b
             for a, x, b in zip(
@@ -104,8 +104,7 @@ class ManifoldHyperConnections(GatedStreams):
     """
 
     def __init__(self, dim: int, num_layers: int, *, num_streams: int = 4, iterations: int = 20) -> None:
-        if not isinstance(iterations, int) or iterations < 1:
-            raise UsageError(f"iterations must be a positive whole number; it is {iterations!r}")
+        check_counts(iterations=iterations)
         self.iterations = iterations
         super().__init__(dim, num_layers, num_streams, num_streams**2 if isinstance(num_streams, int) else 0)
 

@@ -39,7 +39,7 @@ class PostNorm(PreNorm):
         nn.init.ones_(self.post_norm)
 
     def write(self, state: SumState, layer: int, output: Tensor) -> SumState:
-        weight, alpha = self.post_norm[layer - self.first_layer], self.alpha
+        weight, alpha = self.row("post_norm", layer), self.alpha
         if alpha > 1:
             _, stream = ops.add_norm(state.stream, output / alpha, norm=(weight, self.eps / alpha**2))
         else:

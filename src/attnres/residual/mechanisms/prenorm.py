@@ -40,6 +40,3 @@ class PreNorm(Residual):
 
     def latest(self, state: SumState) -> Tensor:
         return state.stream if state.update is None else state.stream + state.update
-
-    def finish(self, state: SumState, norm: nn.Module | None = None) -> Tensor:
-        return self.read(state, self.num_layers, norm)[0]

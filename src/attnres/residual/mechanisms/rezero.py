@@ -41,7 +41,7 @@ class ReZero(PreNorm):
         nn.init.zeros_(self.alpha)
 
     def write(self, state: SumState, layer: int, output: Tensor) -> SumState:
-        return super().write(state, layer, output * self.alpha[layer - self.first_layer].to(output.dtype))
+        return super().write(state, layer, output * self.row("alpha", layer).to(output.dtype))
 
     def read_flops(self, layer: int) -> int:
         return self.dim if layer < self.num_layers else 0

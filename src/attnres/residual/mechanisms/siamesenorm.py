@@ -65,9 +65,8 @@ class SiameseNorm(Residual):
         return SiameseState(embedding, embedding, None)
 
     def read(self, state: SiameseState, layer: int, norm: nn.Module | None = None) -> tuple[Tensor, SiameseState]:
-        row = layer - self.first_layer
-        post = ops.rms_norm(state.post, (self.norm_post[row], self.eps))
-        h = post + ops.rms_norm(state.pre, (self.norm_pre[row], self.eps))
+        post = ops.rms_norm(state.post, (self.row("norm_post", layer), self.eps))
+        h = post + ops.rms_norm(state.pre, (self.row("norm_pre", layer), self.eps))
         return normed(h, norm), SiameseState(state.post, state.pre, post)
 
     def write(self, state: SiameseState, layer: int, output: Tensor) -> SiameseState:
@@ -77,9 +76,6 @@ class SiameseNorm(Residual):
 
     def latest(self, state: SiameseState) -> Tensor:
         return state.pre
-
-    def finish(self, state: SiameseState, norm: nn.Module | None = None) -> Tensor:
-        return self.read(state, self.num_layers, norm)[0]
 
     def read_flops(self, layer: int) -> int:
         return 3 * self.dim if layer < self.num_layers else self.dim
