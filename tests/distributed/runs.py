@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint import FileSystemWriter
 
 from attnres.cli import main
 from attnres.data.corpus import load_corpus
@@ -205,9 +204,8 @@ def elsewhere(config: TrainConfig, folder: Path, rank: int) -> tuple[str, str]:
 
 def killed_in_save(config: TrainConfig, rank: int, save: int) -> tuple[str, str]:
     """`failing`, as `rank` dies in the checkpoint number `save`: rank 0 when only state.json is missing."""
-    owner: Any = checkpoint if rank == 0 else FileSystemWriter
-    name = "write_manifest" if rank == 0 else "write_data"
-    right, calls = getattr(owner, name), []
+    name = "_write_manifest" if rank == 0 else "_write"
+    right, calls = getattr(checkpoint, name), []
 
     def killed(*args: Any) -> Any:
         calls.append(name)
@@ -215,11 +213,11 @@ def killed_in_save(config: TrainConfig, rank: int, save: int) -> tuple[str, str]
             os.kill(os.getpid(), signal.SIGKILL)
         return right(*args)
 
-    setattr(owner, name, killed)
+    setattr(checkpoint, name, killed)
     try:
         return failing(config)
     finally:
-        setattr(owner, name, right)
+        setattr(checkpoint, name, right)
 
 
 @contextmanager

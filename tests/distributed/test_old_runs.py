@@ -1,6 +1,7 @@
 """Runs that version 63f6752 saved, by one process and by four, still open and go on under any split."""
 
 import json
+import pickle
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -8,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from attnres.cli import main
+from attnres.errors import Failure
 from attnres.parallel.config import ParallelConfig
 from attnres.run.folder import read_config
+from attnres.run.stored import Stored, verify
 
 from . import runs
 
@@ -52,6 +55,25 @@ def test_an_old_run_opens(old_run, capsys, tmp_path):
 def test_an_old_run_goes_on_in_one_process(old_run):
     assert main(["train", "--resume", "--out", str(old_run), "--data", CORPUS, *ON_CPU]) == 0
     assert_same_curve(old_run, SAVED / old_run.name)
+
+
+class Malicious:
+    """Runs code where it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+def test_a_table_of_contents_that_would_run_code_runs_none(tmp_path):
+    checkpoint = Path(shutil.copytree(SAVED / "by_four_processes/checkpoints/step-00000003", tmp_path / "step"))
+    manifest = verify(checkpoint)
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(Malicious(tmp_path / "it ran")))
+    with pytest.raises(Failure, match=rf"^{checkpoint}/\.metadata is damaged: it names pathlib\S*\.touch"):
+        Stored(checkpoint, manifest)
+    assert not (tmp_path / "it ran").exists()
 
 
 @pytest.mark.parametrize("split", FOUR_PROCESSES, ids=str)

@@ -20,7 +20,7 @@ from ..parallel import inference, mesh
 from ..parallel.agreement import require_same
 from ..parallel.config import ParallelConfig
 from ..run import hardware
-from ..run.checkpoint import flat
+from ..run.config import flat
 from ..run.folder import load_run
 from . import flags
 

@@ -26,8 +26,7 @@ from ..analysis.draw.style import require_matplotlib
 from ..data.corpus import Corpus, load_corpus
 from ..errors import Failure, UsageError
 from ..run import hardware
-from ..run.checkpoint import check_compatible
-from ..run.config import TrainConfig
+from ..run.config import TrainConfig, check_compatible
 from ..run.folder import held, read_config, settled
 from ..train.signals import starting_deaf_processes
 from ..version import __version__

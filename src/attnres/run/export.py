@@ -29,14 +29,13 @@ class Run(NamedTuple):
         """A folder with the whole model as model.safetensors: the checkpoint, or a temporary one for the parts of many
         processes. Raises Failure where that cannot be written."""
         from . import checkpoint as checkpoints
+        from .stored import MODEL
 
-        if (self.checkpoint / checkpoints.MODEL).exists():
+        if (self.checkpoint / MODEL).exists():
             yield self.checkpoint
             return
-        from . import sharded
-
         with tempfile.TemporaryDirectory(prefix="attnres-run-") as place:
-            sharded.export(self.checkpoint, Path(place))
+            checkpoints.export(self.checkpoint, Path(place))
             yield Path(place)
 
 
@@ -59,7 +58,7 @@ def open_run(folder: str | Path) -> Run:
     if not is_run(folder):
         raise UsageError(f"{folder} is not a training run; give the --out of attnres train or a checkpoint in it")
     chosen: Path | None = folder if folder != root else checkpoints.latest(root / "checkpoints")
-    if chosen is None or not any((chosen / name).is_file() for name in (checkpoints.MODEL, checkpoints.METADATA)):
+    if chosen is None or not checkpoints.is_checkpoint(chosen):
         raise UsageError(f"{folder} holds no whole checkpoint; give a run that has saved one")
     has_tokenizer = (root / "tokenizer.json").is_file()
     return Run(

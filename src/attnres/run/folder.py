@@ -12,14 +12,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import torch
-
 from .. import files, json_text
 from ..errors import Failure, UsageError
 from ..model import Decoder
 from ..train.optim import same_rates
 from . import checkpoint, hardware
-from .config import TrainConfig
+from .config import TrainConfig, check_compatible
+from .stored import Stored
 
 LOGGER = logging.getLogger(__name__)
 
@@ -92,7 +91,7 @@ def continued(saved: TrainConfig, config: TrainConfig) -> TrainConfig:
     Raises UsageError if the two have different loss curves.
     """
     config = config.with_precision_of(saved)
-    checkpoint.check_compatible(saved.with_precision_of(config).curve(), config.curve())
+    check_compatible(saved.with_precision_of(config).curve(), config.curve())
     return config
 
 
@@ -111,11 +110,11 @@ def newest_checkpoint(out: Path) -> Path | None:
     return newest
 
 
-def load_checkpoint(path: Path, config: TrainConfig, device: torch.device) -> checkpoint.Checkpoint:
+def open_checkpoint(path: Path, config: TrainConfig) -> Stored:
     """A checkpoint of this very run. Raises UsageError if it belongs to another configuration."""
-    saved = checkpoint.load(path, device)
-    continued(TrainConfig.from_dict(saved.state["config"]), config)
-    return saved
+    stored = checkpoint.opened(path)
+    continued(TrainConfig.from_dict(stored.state()["config"]), config)
+    return stored
 
 
 def check_length(saved_steps: int, step: int, config: TrainConfig) -> None:
@@ -138,5 +137,5 @@ def load_run(path: Path, device: str = "auto") -> tuple[Decoder, TrainConfig]:
         raise Failure(f"{path} has no checkpoint yet; train on with --resume first")
     where = hardware.find_device(device)
     model = Decoder(config.model).to(where)
-    model.load_state_dict(load_checkpoint(newest, config, where).model_tensors)
+    model.load_state_dict(open_checkpoint(newest, config).model(where))
     return model.eval(), config

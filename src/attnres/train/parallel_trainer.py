@@ -26,12 +26,12 @@ from ..data.corpus import Corpus, load_corpus
 from ..errors import Failure, UsageError
 from ..parallel import experts, gradients, mesh, tensor
 from ..parallel import fsdp as shard
-from ..parallel.agreement import require_same
+from ..parallel.agreement import on_first, require_same
 from ..parallel.build import build_parts
 from ..parallel.pipeline import Layout, Pipeline
-from ..run import checkpoint, hardware, sharded
+from ..run import checkpoint, hardware
 from ..run import folder as run_folder
-from ..run.config import OF_THE_CORPUS, TrainConfig
+from ..run.config import OF_THE_CORPUS, TrainConfig, flat
 from ..version import __version__
 from .balance import balance_experts
 from .diagnose import non_finite_tensor
@@ -63,10 +63,10 @@ def train_in_parallel(config: TrainConfig, resume: bool = False) -> Result:
         require_same(_of_the_job(run_folder.settled(config), corpus))
         # an agent of torchrun counts only the restarts that a process of its own node caused
         restarted = _over_all(float(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")), device) > 0
-        resume = sharded.on_first(lambda: resume or (restarted and (config.out / "config.json").exists()))
-        sharded.on_first(lambda: run_folder.check_folder(config.out, resume))
+        resume = on_first(lambda: resume or (restarted and (config.out / "config.json").exists()))
+        on_first(lambda: run_folder.check_folder(config.out, resume))
         if resume:
-            saved = sharded.on_first(lambda: run_folder.read_config(config.out))
+            saved = on_first(lambda: run_folder.read_config(config.out))
             config = run_folder.continued(saved, config)
         config = run_folder.settled(config)
         check_size(config)
@@ -74,9 +74,9 @@ def train_in_parallel(config: TrainConfig, resume: bool = False) -> Result:
             trainer = ParallelTrainer(config, corpus, mesh.build(config.parallel, device), device)
         with run_folder.held(config.out) if trainer.is_first else _nothing():
             if resume:
-                trainer.restore(sharded.on_first(lambda: run_folder.newest_checkpoint(config.out)))
-            sharded.on_first(lambda: run_folder.write_config(config))
-            sharded.on_first(lambda: corpus.tokenizer.save(config.out))
+                trainer.restore(run_folder.newest_checkpoint(config.out))
+            on_first(lambda: run_folder.write_config(config))
+            on_first(lambda: corpus.tokenizer.save(config.out))
             if blind := _over_all(float(not (config.out / "config.json").exists()), device):
                 raise UsageError(
                     f"out must be a folder that all processes see: {blind:.0f} of {config.parallel.world_size} do not "
@@ -89,7 +89,7 @@ def _of_the_job(config: TrainConfig, corpus: Corpus) -> dict[str, str]:
     """What must be the same in all processes; machines may keep the same text in different places."""
     fields = {name: value for name, value in config.to_dict().items() if name not in (*OF_THE_CORPUS, *OF_THE_MACHINE)}
     data = {"fingerprint": corpus.fingerprint, "train": len(corpus.train), "validation": len(corpus.validation)}
-    return checkpoint.flat({**fields, "data": data, "version": __version__, "torch": torch.__version__})
+    return flat({**fields, "data": data, "version": __version__, "torch": torch.__version__})
 
 
 class ParallelTrainer(Trainer):
@@ -142,9 +142,12 @@ class ParallelTrainer(Trainer):
     def restore(self, path: Path | None) -> None:
         if path is None:
             return
-        state, self.step = sharded.load(path, self.parts, self.optimizer)
-        self._check_continuation(state, self.step)
-        self.saved_at, self.earlier_peak_memory = path, state["peak_memory_bytes"]
+        stored = run_folder.open_checkpoint(path, self.config)
+        state = stored.state()
+        self._check_continuation(state, stored.step)
+        checkpoint.restore(stored, self.parts, self.optimizer)
+        self.step, self.saved_at = stored.step, path
+        self.earlier_peak_memory = state["peak_memory_bytes"]
 
     def _announce(self, journal: Journal) -> tuple[float, float]:
         flops, peak = super()._announce(journal)
@@ -269,9 +272,9 @@ class ParallelTrainer(Trainer):
             "corpus": self.corpus.fingerprint,
             "peak_memory_bytes": self._peak_memory(),
         }
-        sharded.on_first(journal.sync)
+        on_first(journal.sync)
         root = self.config.out / "checkpoints"
-        self.saved_at = sharded.save(root, self.step, self.parts, self.optimizer, state, self.config.keep)
+        self.saved_at = checkpoint.save_run(root, self.step, self.parts, self.optimizer, state, self.config.keep)
 
     def _peak_memory(self) -> int:
         own = torch.tensor(float(super()._peak_memory()), dtype=torch.float64, device=self.device)

@@ -112,14 +112,14 @@ class Trainer:
         """Goes back to a checkpoint of this run; nothing happens without one."""
         if path is None:
             return
-        saved = run_folder.load_checkpoint(path, self.config, self.device)
-        self._check_continuation(saved.state, saved.step)
-        self.model.load_state_dict(saved.model_tensors)
-        self.optimizer.load_state_dict(saved.optimizer_state)
-        if "rng" in saved.state:  # many processes have none in common
-            checkpoint.set_rng_state(saved.state["rng"])
-        self.step, self.saved_at = saved.step, path
-        self.earlier_peak_memory = saved.state["peak_memory_bytes"]
+        stored = run_folder.open_checkpoint(path, self.config)
+        state = stored.state()
+        self._check_continuation(state, stored.step)
+        checkpoint.restore(stored, [self.model], self.optimizer)
+        if "rng" in state:  # many processes have none in common
+            checkpoint.set_rng_state(state["rng"])
+        self.step, self.saved_at = stored.step, path
+        self.earlier_peak_memory = state["peak_memory_bytes"]
 
     def _check_continuation(self, saved: dict[str, Any], step: int) -> None:
         run_folder.check_length(saved["config"]["steps"], step, self.config)
@@ -284,14 +284,8 @@ class Trainer:
             "peak_memory_bytes": self._peak_memory(),
         }
         journal.sync()
-        self.saved_at = checkpoint.save(
-            self.config.out / "checkpoints",
-            self.step,
-            self.model.state_dict(),
-            self.optimizer.state_dict(),
-            state,
-            self.config.keep,
-        )
+        root = self.config.out / "checkpoints"
+        self.saved_at = checkpoint.save_run(root, self.step, [self.model], self.optimizer, state, self.config.keep)
 
     def _peak_memory(self) -> int:
         return max(self.earlier_peak_memory, hardware.peak_memory(self.device))
