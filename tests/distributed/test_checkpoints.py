@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from attnres.errors import Failure
 from attnres.run import checkpoint
-from attnres.run.folder import load_run, newest_checkpoint
+from attnres.run.folder import newest_checkpoint, read_config
+from attnres.run.opening import open as open_model
 
 from . import runs
 from .versions import V_SHAPED
@@ -73,7 +74,7 @@ def test_experts_and_their_balance_are_restored_bit_for_bit_on_any_number_of_pro
     checkpoint.export(path, tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     assert {name: stored[name].tolist() for name in balance[0]} == balance[0]
-    decoder, _ = load_run(out, "cpu")
+    decoder = open_model(out, device="cpu").model
     assert {name: b.tolist() for name, b in decoder.named_buffers() if name in balance[0]} == balance[0]
 
 
@@ -210,7 +211,7 @@ def test_generate_eval_and_transformers_read_a_run_of_many_processes(run, corpus
 
     newest = newest_checkpoint(run)
     before = sorted(run.rglob("*"))
-    decoder, config = load_run(run, "cpu")
+    decoder, config = open_model(run, device="cpu").model, read_config(run)
     tokens = torch.arange(48).view(3, 16)
     expected = decoder(tokens)
     assert generate.run([str(run), "--prompt", "the", "--tokens", "5", "--device", "cpu"]) == 0

@@ -27,7 +27,7 @@ from ..model.layers.gqa import Context, lengths_vary, rotary_factors
 from ..model.layers.kda import KimiDeltaAttention
 from ..model.token_shards import hidden_over_processes
 from ..residual import Residual, State
-from ..run.export import open_run
+from ..run.opening import find_run
 from .attention import attend_by_config
 from .cache import LayerCache, check_cache, check_generation, check_paged
 from .configuration import AttnResConfig
@@ -347,7 +347,7 @@ class AttnResForCausalLM(DraftsItself, AttnResPreTrainedModel, GenerationMixin):
         The tokenizer of the run is `AutoTokenizer.from_pretrained(folder)`. Raises UsageError if `folder` is no run or
         its weights do not fit its configuration, Failure if a file is damaged.
         """
-        run = open_run(folder)
+        run = find_run(folder)
         end = run.end_of_document
         config = AttnResConfig(**run.config.to_dict(), eos_token_id=end, pad_token_id=end)
         options.setdefault("generation_config", GenerationConfig(eos_token_id=end, pad_token_id=end))

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from .. import files, json_text
 from ..errors import Failure, UsageError
-from ..model import Decoder
 from ..train.optim import same_rates
 from . import checkpoint, hardware
 from .config import TrainConfig, check_compatible
@@ -127,15 +126,3 @@ def check_length(saved_steps: int, step: int, config: TrainConfig) -> None:
             "so far other learning rates: only a run with a constant schedule, or wsd before its decay, can change its "
             f"length; resume with --steps {saved_steps}, or start a new run with --optim.schedule wsd or constant"
         )
-
-
-def load_run(path: Path, device: str = "auto") -> tuple[Decoder, TrainConfig]:
-    """The model of a run folder, with the weights of its newest whole checkpoint, and its configuration."""
-    config = read_config(path)
-    newest = newest_checkpoint(path)
-    if newest is None:
-        raise Failure(f"{path} has no checkpoint yet; train on with --resume first")
-    where = hardware.find_device(device)
-    model = Decoder(config.model).to(where)
-    model.load_state_dict(open_checkpoint(newest, config).model(where))
-    return model.eval(), config
