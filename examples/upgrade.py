@@ -22,8 +22,8 @@ from attnres.data.corpus import load_corpus
 from attnres.model import Decoder, preset
 from attnres.run import folder as run_folder
 from attnres.run.config import TrainConfig
+from attnres.train.loop import Trainer
 from attnres.train.optim import OptimConfig
-from attnres.train.trainer import Trainer
 
 CONTINUED = {
     "prenorm": ("prenorm", {}),

@@ -19,8 +19,9 @@ from attnres.run.config import TrainConfig
 from attnres.run.folder import newest_checkpoint, read_config
 from attnres.run.opening import open as open_model
 from attnres.train.journal import Journal
+from attnres.train.loop import Trainer
 from attnres.train.optim import OptimConfig
-from attnres.train.trainer import Trainer, train
+from attnres.train.trainer import train
 
 from ..command_line import metrics, needs_full_device
 
