@@ -14,7 +14,7 @@ from ..errors import UsageError
 from ..files import user_path
 from ..model import DecoderConfig, preset
 from ..parallel.config import ParallelConfig
-from ..train.optim import OptimConfig
+from .optim_config import OptimConfig
 
 # What may differ between a run and its continuation: none of it changes what is computed. (Another device, or a
 # compiled model, may round differently.)

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from .. import files, json_text
 from ..errors import Failure, UsageError
-from ..train.optim import same_rates
 from . import checkpoint, hardware
 from .config import TrainConfig, check_compatible
+from .optim_config import same_rates
 from .stored import Stored
 
 LOGGER = logging.getLogger(__name__)

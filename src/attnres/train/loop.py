@@ -29,7 +29,7 @@ from .diagnose import first_non_finite, first_non_finite_gradient, non_finite_te
 from .journal import Journal, SilentJournal
 from .optim import build_optimizer
 from .shortage import telling_shortage
-from .signals import STOPS, starting_deaf_processes, stop_signals
+from .signals import STOPS, signals_blocked, stop_signals
 
 Watch = Callable[[Decoder, int], None]
 
@@ -122,7 +122,7 @@ class Trainer:
             telling_shortage(self._step_too_large),
         ):
             flops, peak = self._announce(journal)
-            with starting_deaf_processes(*STOPS):  # workers end when this process does
+            with signals_blocked(*STOPS):  # workers end when this process does
                 batches = iter(self._batches())
             if self.saved_at is None and not self._stopped(received):
                 val_loss = self._validated(journal)
