@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 import attnres.hf
 from attnres.hf import AttnResConfig, AttnResForCausalLM, AttnResModel, attention
-from attnres.run.opening import find_run, is_run
+from attnres.run.find import find_run, is_run
 from attnres.run.opening import open as open_model
 
 from .converted import build

@@ -14,8 +14,8 @@ from ..data.tokenizer import Tokenizer
 from ..errors import UsageError
 from ..files import read
 from ..residual import DepthAttention
+from ..run.find import root_of
 from ..run.opening import open as open_any
-from ..run.opening import root_of
 
 
 class Opened(NamedTuple):

@@ -27,7 +27,7 @@ from ..model.layers.gqa import Context, lengths_vary, rotary_factors
 from ..model.layers.kda import KimiDeltaAttention
 from ..model.token_shards import hidden_over_processes
 from ..residual import Residual, State
-from ..run.opening import find_run
+from ..run.find import find_run
 from .attention import attend_by_config
 from .cache import LayerCache, check_cache, check_generation, check_paged
 from .configuration import AttnResConfig
