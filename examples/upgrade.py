@@ -17,12 +17,13 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import attnres
 from attnres.data.corpus import load_corpus
 from attnres.model import Decoder, preset
 from attnres.run import folder as run_folder
 from attnres.run.config import TrainConfig
+from attnres.train.loop import Trainer
 from attnres.train.optim import OptimConfig
-from attnres.train.trainer import Trainer
 
 CONTINUED = {
     "prenorm": ("prenorm", {}),
@@ -79,7 +80,7 @@ def run(config: TrainConfig, weights_of: Path | None) -> float:
     corpus = load_corpus(config.data, config.tokenizer)
     trainer = Trainer(config, corpus)
     if weights_of is not None:
-        upgrade(trainer.model, run_folder.load_run(weights_of)[0])
+        upgrade(trainer.model, attnres.run.open(weights_of).model)
     config.out.mkdir(parents=True, exist_ok=True)
     run_folder.write_config(config)
     corpus.tokenizer.save(config.out)

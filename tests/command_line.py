@@ -23,7 +23,7 @@ TIMING = ("tokens_per_second", "mfu")
 # The process does something to itself when it is about to take a step, or in the middle of writing a checkpoint.
 AT_STEP = """
 import os, signal, time
-from attnres.train.trainer import Trainer
+from attnres.train.loop import Trainer
 take_step = Trainer._train_step
 def until_stopped():
     while signal.getsignal(signal.SIGINT) is not signal.default_int_handler:

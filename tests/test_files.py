@@ -13,7 +13,7 @@ from attnres.files import user_path
 from attnres.run import checkpoint
 from attnres.run import folder as run_folder
 from attnres.run.config import TrainConfig
-from attnres.run.export import is_run
+from attnres.run.find import is_run
 from attnres.train.journal import Journal
 
 from .run.saved import assert_number, save_number

@@ -10,6 +10,6 @@ __all__ = ["BlockAttnRes", "FullAttnRes", "__version__", "model", "ops", "residu
 def __getattr__(name: str):  # type: ignore[no-untyped-def]
     import importlib
 
-    if name in ("hf", "train", "analysis", "lab"):
+    if name in ("hf", "run", "train", "analysis", "lab"):
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module 'attnres' has no attribute {name!r}")

@@ -5,8 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from .errors import UsageError
 
@@ -46,17 +49,25 @@ def read(path: Path) -> bytes:
 
 def write(path: Path, text: str) -> None:
     """Writes a file as UTF-8, whole, synced and under its name, or not at all. Raises OSError."""
-    scratch = path.with_name(path.name + ".tmp")
+    # all that ever writes such a file is one process at a time, and what a killed one left is written over
+    write_whole(path, lambda file: file.write(text.encode()), path.with_name(path.name + ".tmp"))
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object], scratch: Path | None = None) -> None:
+    """Has `write` fill a file, which then takes the name `path` at once, synced, or is not there at all.
+
+    scratch: the file's name until then; the default is one that no other process uses. Raises OSError.
+    """
+    scratch = scratch or path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
-        with open(scratch, "w", encoding="utf-8", opener=_opened_at_once) as file:
-            file.write(text)
+        with open(scratch, "w+b", opener=_opened_at_once) as file:
+            write(file)
         sync(scratch)
         os.replace(scratch, path)
-    except OSError:
+    finally:
         with suppress(OSError):
             scratch.unlink()
-        raise
-    sync(path.parent)
+    sync(path.parent)  # the new name itself is durable only then
 
 
 def sync(path: Path) -> None:

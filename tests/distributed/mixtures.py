@@ -11,7 +11,7 @@ from attnres.parallel import mesh
 from attnres.parallel.config import ParallelConfig
 from attnres.parallel.experts import split_experts
 from attnres.train.balance import balance_experts
-from attnres.train.expert_muon import ExpertMuon, Muon
+from attnres.train.muon import ExpertMuon, Muon
 
 from .agreement import CPU
 

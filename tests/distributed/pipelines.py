@@ -141,9 +141,10 @@ def compare(case: dict[str, Any]) -> dict[str, Any]:
             loss_error = max(loss_error, abs(total.item() / parallel.tp / losses[step] - 1))
     error, lost = 0.0, []
     for part in line.parts:
-        wanted = dict(pair for name, gradient in gradients.items() for pair in weights.split_rows(part, name, gradient))
         for name, parameter in part.named_parameters():
-            want = wanted["embed_tokens.weight" if name == "lm_head.weight" and name not in wanted else name] / replicas
+            whole_name, _ = weights.own_piece(part, name, parameter)
+            row = name.removeprefix(f"{whole_name}.")
+            want = (gradients[whole_name][int(row)] if row.isdigit() else gradients[whole_name]) / replicas
             if parameter.grad is not None:
                 gradient = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
                 error = max(error, (gradient - want).abs().max().item())

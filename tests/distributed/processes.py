@@ -29,7 +29,7 @@ CONTEXT.set_forkserver_preload(
         "pytest",
         "torch",
         "torch.distributed.fsdp",
-        "attnres.train.parallel_trainer",
+        "attnres.train.trainer",
         "attnres.commands.train",
         "attnres.hf",
     ]

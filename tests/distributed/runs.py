@@ -16,22 +16,20 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint import FileSystemWriter
 
 from attnres.cli import main
 from attnres.data.corpus import load_corpus
 from attnres.errors import Failure, UsageError
 from attnres.model import DecoderConfig, preset
-from attnres.parallel import mesh
+from attnres.parallel import mesh, share
 from attnres.parallel.config import ParallelConfig
 from attnres.parallel.weights import held_tensors
 from attnres.run import checkpoint, hardware
 from attnres.run.config import TrainConfig
-from attnres.train import parallel_trainer
 from attnres.train.journal import Journal
+from attnres.train.loop import Trainer
 from attnres.train.optim import OptimConfig
-from attnres.train.parallel_trainer import ParallelTrainer
-from attnres.train.trainer import Trainer, train
+from attnres.train.trainer import train
 
 from .agreement import whole
 
@@ -103,9 +101,9 @@ def run_exactly(config: TrainConfig) -> tuple[bool, int, float]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("float", "bfloat16"):
             patch.setattr(torch.Tensor, name, torch.Tensor.double)
-        layout, build = parallel_trainer.Layout, parallel_trainer.build_parts
-        patch.setattr(parallel_trainer, "Layout", lambda *shape: layout(*shape[:-1], torch.float64))
-        patch.setattr(parallel_trainer, "build_parts", partial(build, dtype=torch.float64))
+        layout, build = share.Layout, share.build_parts
+        patch.setattr(share, "Layout", lambda *shape: layout(*shape[:-1], torch.float64))
+        patch.setattr(share, "build_parts", partial(build, dtype=torch.float64))
         torch.set_default_dtype(torch.float64)
         try:
             return _run(config)
@@ -115,20 +113,18 @@ def run_exactly(config: TrainConfig) -> tuple[bool, int, float]:
 
 def _run(config: TrainConfig, resume: bool = False, stop: tuple[int, int] | None = None) -> tuple[bool, int, float]:
     prepare(config)
-    take_step = {cls: cls._train_step for cls in (Trainer, ParallelTrainer)}
+    take_step = Trainer._train_step
 
     def stopped(self: Trainer, *args: Any) -> Any:
         if stop == (int(os.environ.get("RANK", "0")), self.step + 1):
             os.kill(os.getpid(), signal.SIGTERM)
-        return take_step[type(self)](self, *args)
+        return take_step(self, *args)
 
-    for cls in take_step:
-        cls._train_step = stopped
+    Trainer._train_step = stopped
     try:
         result = train(config, resume)
     finally:
-        for cls, right in take_step.items():
-            cls._train_step = right
+        Trainer._train_step = take_step
     return result.finished, result.step, result.val_loss
 
 
@@ -136,10 +132,10 @@ def restored(config: TrainConfig, path: Path) -> tuple[list[str], dict[str, list
     """What of a checkpoint this process has not got, bit for bit, when it goes on from it; its experts' biases."""
     prepare(config)
     corpus = load_corpus(config.data, config.tokenizer, config.cache_dir)
-    trainer = ParallelTrainer(config, corpus, mesh.build(config.parallel, torch.device("cpu")), torch.device("cpu"))
+    trainer = Trainer(config, corpus)
     trainer.restore(path)
     saved = checkpoint.load(path)
-    own = {name: tensor for part in trainer.parts for name, tensor in held_tensors(part).items()}
+    own = {name: tensor for part in trainer.share.parts for name, tensor in held_tensors(part).items()}
     wrong = [
         name
         for name, tensor in saved.model_tensors.items()
@@ -205,9 +201,8 @@ def elsewhere(config: TrainConfig, folder: Path, rank: int) -> tuple[str, str]:
 
 def killed_in_save(config: TrainConfig, rank: int, save: int) -> tuple[str, str]:
     """`failing`, as `rank` dies in the checkpoint number `save`: rank 0 when only state.json is missing."""
-    owner: Any = checkpoint if rank == 0 else FileSystemWriter
-    name = "write_manifest" if rank == 0 else "write_data"
-    right, calls = getattr(owner, name), []
+    name = "_write_manifest" if rank == 0 else "_write"
+    right, calls = getattr(checkpoint, name), []
 
     def killed(*args: Any) -> Any:
         calls.append(name)
@@ -215,11 +210,11 @@ def killed_in_save(config: TrainConfig, rank: int, save: int) -> tuple[str, str]
             os.kill(os.getpid(), signal.SIGKILL)
         return right(*args)
 
-    setattr(owner, name, killed)
+    setattr(checkpoint, name, killed)
     try:
         return failing(config)
     finally:
-        setattr(owner, name, right)
+        setattr(checkpoint, name, right)
 
 
 @contextmanager

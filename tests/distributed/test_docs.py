@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from attnres.commands import train as command
-from attnres.train.trainer import Result
+from attnres.train.loop import Result
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [(ROOT / name).read_text().replace("\\\n", " ") for name in ("docs/distributed.md", "README.md")]

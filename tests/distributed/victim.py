@@ -7,20 +7,19 @@ With FAULT="RANK SIGNAL STEP save" it comes while the process writes its part of
 import os
 import signal
 import sys
-
-from torch.distributed.checkpoint import FileSystemWriter
+from typing import Any
 
 from attnres.cli import main
 from attnres.parallel.part import ModelPart
-from attnres.run import hardware
-from attnres.train.parallel_trainer import ParallelTrainer
+from attnres.run import checkpoint, hardware
+from attnres.train.loop import Trainer
 
 
-def strike(rank: int, number: signal.Signals, step: int, owner: type, method: str) -> None:
-    right, take_step = getattr(owner, method), ParallelTrainer._train_step
+def strike(rank: int, number: signal.Signals, step: int, owner: Any, method: str) -> None:
+    right, take_step = getattr(owner, method), Trainer._train_step
     steps: list[int] = []
 
-    def noting(self: ParallelTrainer, *args: object) -> object:
+    def noting(self: Trainer, *args: object) -> object:
         steps.append(self.step + 1)
         return take_step(self, *args)
 
@@ -31,13 +30,13 @@ def strike(rank: int, number: signal.Signals, step: int, owner: type, method: st
         return right(*args)
 
     setattr(owner, method, struck)
-    ParallelTrainer._train_step = noting
+    Trainer._train_step = noting
 
 
 if __name__ == "__main__":
     hardware.peak_flops = lambda device, precision: 1e11  # measuring it takes as long as the run
     if "FAULT" in os.environ and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         rank, name, step, *place = os.environ["FAULT"].split()
-        owner = (FileSystemWriter, "write_data") if place else (ModelPart, "forward")
+        owner = (checkpoint, "_write") if place else (ModelPart, "forward")
         strike(int(rank), signal.Signals[name], int(step), *owner)
     sys.exit(main())

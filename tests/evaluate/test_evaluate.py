@@ -15,12 +15,17 @@ from attnres.errors import Failure, UsageError
 pytest.importorskip("transformers")
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from attnres import run
 from attnres.evaluate.perplexity import perplexity
-from attnres.evaluate.tasks import evaluate, open_model, run_tasks, table
+from attnres.evaluate.tasks import evaluate, run_tasks, table
 from attnres.hf import AttnResConfig, AttnResForCausalLM, convert
 
 TEXT = "A residual connection is how information travels over depth. Größe: 17 µm.\n" * 2
 SHAPE = dict(vocab_size=257, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64)
+
+
+def open_model(folder):
+    return run.open(folder, transformers=True, pretrained=True)[:2]
 
 
 @pytest.fixture(scope="module")

@@ -20,11 +20,11 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from attnres import hf
 from attnres.errors import UsageError
-from attnres.evaluate.tasks import open_model
 from attnres.hf.convert import table
 from attnres.hf.convert.folder import convert_folder
 from attnres.hf.convert.table import Architecture
 from attnres.model import Decoder, DecoderConfig
+from attnres.run.opening import open as open_model
 
 from .converted import ALL, COMMON, SHAPE, VOCAB, build, tokens
 

@@ -21,9 +21,9 @@ pytest.importorskip("transformers")
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, StaticCache
 
 import attnres.hf
-from attnres.evaluate.tasks import open_model
 from attnres.hf import AttnResConfig, AttnResForCausalLM, AttnResModel, attention
-from attnres.run.export import is_run, open_run
+from attnres.run.find import find_run, is_run
+from attnres.run.opening import open as open_model
 
 from .converted import build
 
@@ -449,8 +449,8 @@ def test_a_run_may_lie_in_a_folder_called_checkpoints(run, tmp_path_factory, pla
     moved = tmp_path_factory.mktemp("elsewhere") / place
     shutil.copytree(folder, moved)
     for name, step in ((moved, 2), (moved / "checkpoints" / "step-00000001", 1)):
-        assert is_run(name) and open_run(name).folder == moved
-        model, _ = open_model(name, device="cpu")
+        assert is_run(name) and find_run(name).folder == moved
+        model, _, _ = open_model(name, device="cpu", transformers=True)
         with torch.no_grad():
             torch.testing.assert_close(logits(model), decoders[step](IDS), rtol=1e-4, atol=1e-4)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from attnres.run import checkpoint
+from attnres.run import nested
 from attnres.run.checkpoint import latest, load, save
 
 
@@ -54,7 +54,7 @@ def kill_at_call(number):
 
     for name in ("fsync", "rename", "mkdir", "unlink", "rmdir"):
         setattr(os, name, guard(getattr(os, name)))
-    checkpoint.save_file = guard(checkpoint.save_file)
+    nested.save_file = guard(nested.save_file)
     Path.write_text = guard(Path.write_text)
 
 

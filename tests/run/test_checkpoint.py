@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from attnres.errors import UsageError
-from attnres.run.checkpoint import check_compatible, latest, load, save
+from attnres.run.checkpoint import latest, load, save
+from attnres.run.config import check_compatible
 
 from .saved import FILES, assert_number, assert_same, names, save_number
 

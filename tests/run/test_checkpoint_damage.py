@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from attnres.errors import Failure
-from attnres.run import checkpoint
+from attnres.run import checkpoint, nested
 from attnres.run.checkpoint import latest, load, save
 
 from .saved import FILES, assert_number, names, save_number
@@ -67,10 +67,10 @@ def test_only_damaged_ones_left(tmp_path):
 
 
 def test_a_later_format_is_refused_by_number(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "PLAIN", 3)
+    monkeypatch.setattr(checkpoint, "FORMAT", 4)
     path = save_number(tmp_path, 1)
     monkeypatch.undo()
-    with pytest.raises(Failure, match=r"state\.json has format 3, this version of attnres reads 1 and 2"):
+    with pytest.raises(Failure, match=r"state\.json has format 4, this version of attnres reads 1 to 3"):
         load(path)
 
 
@@ -101,7 +101,7 @@ def test_a_disk_error_at_any_call_leaves_the_earlier_checkpoints(tmp_path, monke
             return guarded
 
         with monkeypatch.context() as patched:
-            for owner, name in ((os, "fsync"), (os, "rename"), (os, "mkdir"), (checkpoint, "save_file")):
+            for owner, name in ((os, "fsync"), (os, "rename"), (os, "mkdir"), (nested, "save_file")):
                 patched.setattr(owner, name, guard(getattr(owner, name)))
             try:
                 save(root, target, {"w": torch.zeros(1)}, {}, {"unfinished": True}, keep=10)
@@ -178,7 +178,7 @@ def test_an_interrupted_save_cleans_up(tmp_path, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "save_file", interrupt)
+    monkeypatch.setattr(nested, "save_file", interrupt)
     with pytest.raises(KeyboardInterrupt):
         save_number(tmp_path, 1)
     assert names(tmp_path) == []
@@ -192,11 +192,12 @@ def test_leftovers_of_dead_runs_are_swept_and_those_of_living_ones_are_not(tmp_p
     write = checkpoint._write
 
     def save_by_another_run_meanwhile(scratch, *args):
-        write(scratch, *args)
+        written = write(scratch, *args)
         if not seen:
             seen.append(names(tmp_path))
             save_number(tmp_path, 8)
             assert scratch.exists()
+        return written
 
     monkeypatch.setattr(checkpoint, "_write", save_by_another_run_meanwhile)
     save_number(tmp_path, 9)

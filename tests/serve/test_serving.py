@@ -485,7 +485,6 @@ def test_an_internal_error_is_not_the_users(tmp_path, monkeypatch):
     options = {"host": "127.0.0.1", "port": 8000, "max_tokens": 1, "max_connections": 1, "device": "cpu"}
     options |= {"continuous_batching": False, "cache_tokens": None, "dtype": "auto"}
     monkeypatch.setattr(server, "open_model", broken)
-    monkeypatch.setattr(server, "read_config", lambda _: None)
     with pytest.raises(AttributeError, match="a fault of ours"):
         serve(tmp_path, **options)
     monkeypatch.undo()

@@ -11,7 +11,8 @@ from attnres.errors import UsageError
 from attnres.model import Decoder, DecoderConfig
 from attnres.model.layers.experts import MixtureOfExperts
 from attnres.residual import build
-from attnres.train.optim import OptimConfig, build_optimizer, learning_rate, parameter_groups
+from attnres.run.optim_config import OptimConfig, learning_rate
+from attnres.train.optim import build_optimizer, parameter_groups
 
 
 def decoder(**changes) -> Decoder:

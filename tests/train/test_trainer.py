@@ -16,10 +16,12 @@ from attnres.model.layers.feed_forward import FeedForward
 from attnres.run import hardware
 from attnres.run.checkpoint import load
 from attnres.run.config import TrainConfig
-from attnres.run.folder import load_run, newest_checkpoint, read_config
+from attnres.run.folder import newest_checkpoint, read_config
+from attnres.run.opening import open as open_model
 from attnres.train.journal import Journal
+from attnres.train.loop import Trainer
 from attnres.train.optim import OptimConfig
-from attnres.train.trainer import Trainer, train
+from attnres.train.trainer import train
 
 from ..command_line import metrics, needs_full_device
 
@@ -263,7 +265,7 @@ def test_damaged_checkpoints(config):
     assert metrics(config.out) == expected
     for folder in (newest, older):
         os.truncate(folder / "model.safetensors", 1000)
-    for use in (lambda: train(config, resume=True), lambda: load_run(config.out)):
+    for use in (lambda: train(config, resume=True), lambda: open_model(config.out)):
         with pytest.raises(Failure, match=r"every checkpoint in .* is damaged; start a new run"):
             use()
     assert metrics(config.out) == expected

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from torch import nn
 
 from .. import json_text, text_file
 from .. import residual as residuals
-from ..data.tokenizer import Tokenizer, load_tokenizer
+from ..data.tokenizer import Tokenizer
 from ..errors import UsageError
 from ..files import read
 from ..residual import DepthAttention
-from ..run.hardware import find_device
+from ..run.find import root_of
+from ..run.opening import open as open_any
 
 
 class Opened(NamedTuple):
@@ -42,10 +43,10 @@ def read_input(text: str | None, data: Path | None) -> tuple[str, str]:
     return found, name
 
 
-def check_folder(folder: Path) -> dict[str, Any]:
-    """The settings in a model folder. Raises UsageError where there are none, or no depth attention in them."""
+def check_folder(folder: Path) -> None:
+    """Raises UsageError where there is no model in the folder, or no depth attention in it."""
     try:
-        values = json_text.parse_object(read(folder / "config.json"))
+        values = json_text.parse_object(read(root_of(folder) / "config.json"))
     except OSError as error:
         raise UsageError(
             f"{folder} is no model: its config.json cannot be read ({error.strerror}); give the --out of attnres train "
@@ -64,34 +65,24 @@ def check_folder(folder: Path) -> dict[str, Any]:
     if not issubclass(residuals.get(name), DepthAttention):
         able = ", ".join(known for known in residuals.names() if issubclass(residuals.get(known), DepthAttention))
         raise UsageError(f"{folder} has the residual {name}, without depth attention to look at; give one with {able}")
-    return values
 
 
 def open_model(folder: Path, tokenizer: str | None = None, device: str = "auto") -> Opened:
-    """Opens the output of `attnres train`, or a folder that `save_pretrained` of a native or converted model wrote.
+    """Opens what `attnres.run.open` takes, if it has depth attention.
 
-    Weights of transformers models are loaded in single precision: in half precision rounding would drown small changes
-    of the loss. Raises UsageError for what is none of these.
+    Weights are loaded in single precision: in half precision rounding would drown small changes of the loss.
     """
-    values = check_folder(folder)
-    where = find_device(device)
-    if tokenizer is None and not (folder / "tokenizer.json").is_file():
+    check_folder(folder)
+    if tokenizer is None and not (root_of(folder) / "tokenizer.json").is_file():
         raise UsageError(f"{folder} holds no tokenizer.json; save its tokenizer there, or give --tokenizer")
-    spelling = load_tokenizer(tokenizer or str(folder), None, folder)
-    if "model_type" in values:
-        from ..hf.convert.door import load
-
-        loaded = load(folder, dtype="float32").to(where).eval()
-        config, name = loaded.config, values["residual"]
-        start = config.bos_token_id if isinstance(config.bos_token_id, int) else config.eos_token_id
-        start = start if isinstance(start, int) else None
-        return Opened(loaded, name, getattr(config, "max_position_embeddings", None) or 2048, spelling, start)
-    from ..run.folder import load_run
-
-    model, run = load_run(folder, device)
-    end = spelling.end_of_document
-    start = end if end < run.model.vocab_size else None
-    return Opened(model, run.model.residual, run.model.max_position_embeddings, spelling, start)
+    model, spelling, kind = open_any(folder, device=device, dtype="float32", tokenizer=tokenizer)
+    config = model.config
+    if kind == "run":
+        start = spelling.end_of_document if spelling.end_of_document < config.vocab_size else None
+    else:
+        starts = (token for token in (config.bos_token_id, config.eos_token_id) if isinstance(token, int))
+        start = next(starts, None)
+    return Opened(model, config.residual, getattr(config, "max_position_embeddings", None) or 2048, spelling, start)
 
 
 def encode(opened: Opened, text: str, name: str, limit: int, cut: bool) -> np.ndarray:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import BinaryIO, TypeVar
 from filelock import FileLock
 
 from ..errors import Failure
-from ..files import sync
+from ..files import write_whole
 
 T = TypeVar("T")
 
@@ -52,20 +50,6 @@ def _alone(path: Path) -> Iterator[bool]:
                 raise
             locked = False
         yield locked
-
-
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Has `write` fill a file, which then takes the name `path` at once, synced; OSErrors come out as they are."""
-    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with open(unfinished, "w+b") as file:
-            write(file)
-            file.flush()
-            sync(unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    sync(path.parent)  # the new name itself is durable only then
 
 
 def write_text(file: BinaryIO, text: str) -> None:

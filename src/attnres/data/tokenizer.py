@@ -25,8 +25,8 @@ import numpy as np
 
 from .. import json_text
 from ..errors import UsageError, first_line
-from ..files import user_path
-from .cache import cached, write_text, write_whole, writing
+from ..files import user_path, write_whole
+from .cache import cached, write_text, writing
 from .pieces import cut, cut_words
 
 LOGGER = logging.getLogger(__name__)

@@ -10,19 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
-
 from .. import __version__
 from ..errors import Failure, UsageError, first_line
-from ..hf.configuration import AttnResConfig
-from ..hf.convert.door import load, load_weights
-from ..hf.convert.table import TYPE_PREFIX, check_config
-from ..hf.modeling import AttnResForCausalLM
-from ..run.export import is_run, root_of
+from ..run.opening import open as open_model
 from ..text_table import columns
 from .perplexity import perplexity, read_text
-from .vocabulary import check_vocabulary, open_tokenizer
 
 TASK_KEYS = ("results", "groups", "versions", "n-shot", "n-samples")
 
@@ -45,7 +37,7 @@ def evaluate(
     """What `attnres eval` does: opens `model`, runs the tasks and reads the file, returns and writes the results.
 
     Args:
-        model: a folder or Hub name, as `open_model` takes it.
+        model: a folder or Hub name, as `attnres.run.open` takes it.
         tasks: names of lm-eval tasks; needs attnres[eval].
         data: a text file to compute the perplexity of.
         out: a folder for results.json.
@@ -63,7 +55,7 @@ def evaluate(
         read_text(data)  # before minutes are spent on loading
     if tasks:
         _lm_eval()
-    opened, tokenizer = open_model(model, device=device, dtype=dtype)
+    opened, tokenizer, _ = open_model(model, device=device or "auto", dtype=dtype, transformers=True, pretrained=True)
     results: dict[str, Any] = {"model": str(model), "version": __version__, "dtype": str(opened.dtype).split(".")[-1]}
     results["data"] = None
     if data is not None:
@@ -87,37 +79,6 @@ def evaluate(
         except OSError as error:
             raise Failure(f"cannot write {path}: {error.strerror or error}") from error
     return results
-
-
-def open_model(name: str | Path, *, device: str | None = None, dtype: str = "auto") -> tuple[Any, Any]:
-    """(model in evaluation mode, tokenizer) of a run of `attnres train`, an AttnRes model or any causal language model.
-
-    Raises UsageError if there is no such model, tokenizer or dtype.
-    """
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise UsageError(f"dtype must be auto or a torch dtype such as bfloat16; it is {dtype!r}")
-    options: dict[str, Any] = {"dtype": dtype}
-    if is_run(name):
-        model: Any = AttnResForCausalLM.from_run(name, **options)
-        name = root_of(name)
-    else:
-        try:
-            config = AutoConfig.from_pretrained(name)
-        except (OSError, ValueError, RecursionError) as error:
-            raise UsageError(f"{name} is no model: {first_line(error)}") from error
-        check_config(config)
-        model_type = config.model_type
-        if model_type == AttnResConfig.model_type or model_type.startswith(TYPE_PREFIX):
-            model = load(name, **options)
-        else:
-            model = load_weights(AutoModelForCausalLM, name, dropped=True, **options)
-    tokenizer = open_tokenizer(name)
-    check_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings, name)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return model.to(device).eval(), tokenizer
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device {device!r} cannot be used: {first_line(error)}") from error
 
 
 def run_tasks(

@@ -23,7 +23,7 @@ from ..model import Decoder
 from ..model.decoder import Backbone, expert_std, initial_std
 from ..model.layers.gqa import Context, lengths_vary, rotary_factors
 from ..residual import Residual, State
-from ..run.export import open_run
+from ..run.find import find_run
 from .attention import attend_by_config
 from .cache import LayerCache, check_cache, check_generation, check_paged
 from .configuration import AttnResConfig
@@ -360,7 +360,7 @@ class AttnResForCausalLM(DraftsItself, AttnResPreTrainedModel, GenerationMixin):
         The tokenizer of the run is `AutoTokenizer.from_pretrained(folder)`. Raises UsageError if `folder` is no run or
         its weights do not fit its configuration, Failure if a file is damaged.
         """
-        run = open_run(folder)
+        run = find_run(folder)
         end = run.end_of_document
         config = AttnResConfig(**run.config.to_dict(), eos_token_id=end, pad_token_id=end)
         options.setdefault("generation_config", GenerationConfig(eos_token_id=end, pad_token_id=end))

@@ -28,10 +28,9 @@ from ..analysis.draw.style import require_matplotlib
 from ..data.corpus import Corpus, load_corpus
 from ..errors import Failure, UsageError
 from ..run import hardware
-from ..run.checkpoint import check_compatible
-from ..run.config import TrainConfig
+from ..run.config import TrainConfig, check_compatible
 from ..run.folder import held, read_config, settled
-from ..train.signals import starting_deaf_processes
+from ..train.signals import signals_blocked
 from ..version import __version__
 from .worker import Measure, send_result, train_and_probe
 
@@ -171,7 +170,7 @@ class _Grid:
         receiver, sender = context.Pipe(duplex=False)
         threads = max(1, len(os.sched_getaffinity(0)) // self.jobs) if self.jobs > 1 else None
         process = context.Process(target=send_result, args=(self.measure, cell.config, sender, threads))
-        with starting_deaf_processes(signal.SIGINT):  # on Ctrl-C this process tells it to stop
+        with signals_blocked(signal.SIGINT):  # on Ctrl-C this process tells it to stop
             # threads that spin at barriers crawl as soon as another program wants a core
             os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
             try:

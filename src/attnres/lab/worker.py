@@ -23,7 +23,8 @@ from ..files import opened_if_regular
 from ..run import hardware
 from ..run.config import TrainConfig
 from ..train.journal import read_metrics
-from ..train.trainer import Watch, train
+from ..train.loop import Watch
+from ..train.trainer import train
 
 PROBE_BATCHES = 4
 

@@ -21,7 +21,7 @@ SPLIT_BACKWARD = ("InterleavedZeroBubble", *V_SHAPED)  # the weights' gradients 
 IN_ROUNDS = ("Interleaved1F1B", "InterleavedZeroBubble")
 
 
-@dataclass
+@dataclass(frozen=True)
 class ParallelConfig:
     """How a run is split over processes. Raises UsageError for a value outside its range."""
 

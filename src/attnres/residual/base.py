@@ -120,7 +120,8 @@ class Residual(nn.Module, ABC):
         """
         begin, end = first - self.first_layer, (last if last < self.num_layers else last + 1) - self.first_layer
         for name in self.layer_parameters:
-            rows = LayerRows(getattr(self, name)[begin:end], first)
+            whole = getattr(self, name)
+            rows = LayerRows(whole[begin:end], first, len(whole))
             delattr(self, name)
             setattr(self, name, rows)
         self.first_layer = first
@@ -147,10 +148,11 @@ class Residual(nn.Module, ABC):
 
 
 class LayerRows(nn.Module):
-    """The rows of a parameter as parameters named by their layers, read like the parameter itself."""
+    """Rows of a parameter as parameters named by their layers, read like the parameter itself, which has `count`."""
 
-    def __init__(self, rows: Tensor, first: int) -> None:
+    def __init__(self, rows: Tensor, first: int, count: int) -> None:
         super().__init__()
+        self.count = count
         for layer, row in enumerate(rows, first):
             self.register_parameter(str(layer), nn.Parameter(row.detach().clone(), rows.requires_grad))
 

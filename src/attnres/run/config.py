@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +14,7 @@ from ..errors import UsageError
 from ..files import user_path
 from ..model import DecoderConfig, preset
 from ..parallel.config import ParallelConfig
-from ..train.optim import OptimConfig
+from .optim_config import OptimConfig
 
 # What may differ between a run and its continuation: none of it changes what is computed. (Another device, or a
 # compiled model, may round differently.)
@@ -166,6 +168,35 @@ class TrainConfig(RunConfig):
         a checkpoint; a run is continued only with equal ones."""
         beside = (*OF_THE_CORPUS, *OF_VALIDATION, *LENGTH)
         return {name: value for name, value in self.results().items() if name not in beside}
+
+
+def check_compatible(saved_config: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Raises UsageError, which names every differing field with both values, unless the configurations are equal.
+
+    Both are nested mappings of JSON values; lists and tuples count as equal.
+    """
+    saved, own = flat(saved_config), flat(config)
+    different = [
+        f"{field} ({saved.get(field, 'absent')} in the checkpoint, {own.get(field, 'absent')} now)"
+        for field in [*saved, *(field for field in own if field not in saved)]
+        if field not in own or field not in saved or saved[field] != own[field]
+    ]
+    if different:
+        raise UsageError(
+            f"the checkpoint has another configuration: {', '.join(different)}; "
+            "resume with its values or start a new run"
+        )
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Dotted field names with their values as JSON text."""
+    fields: dict[str, str] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            fields.update(flat(value, f"{prefix}{key}."))
+        else:
+            fields[f"{prefix}{key}"] = json.dumps(value)
+    return fields
 
 
 def _checked(cls: Any, values: dict[str, Any], prefix: str) -> Any:

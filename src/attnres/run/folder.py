@@ -12,14 +12,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import torch
-
 from .. import files, json_text
 from ..errors import Failure, UsageError
-from ..model import Decoder
-from ..train.optim import same_rates
 from . import checkpoint, hardware
-from .config import TrainConfig
+from .config import TrainConfig, check_compatible
+from .optim_config import same_rates
+from .stored import Stored
 
 LOGGER = logging.getLogger(__name__)
 
@@ -92,7 +90,7 @@ def continued(saved: TrainConfig, config: TrainConfig) -> TrainConfig:
     Raises UsageError if the two have different loss curves.
     """
     config = config.with_precision_of(saved)
-    checkpoint.check_compatible(saved.with_precision_of(config).curve(), config.curve())
+    check_compatible(saved.with_precision_of(config).curve(), config.curve())
     return config
 
 
@@ -111,11 +109,11 @@ def newest_checkpoint(out: Path) -> Path | None:
     return newest
 
 
-def load_checkpoint(path: Path, config: TrainConfig, device: torch.device) -> checkpoint.Checkpoint:
+def open_checkpoint(path: Path, config: TrainConfig) -> Stored:
     """A checkpoint of this very run. Raises UsageError if it belongs to another configuration."""
-    saved = checkpoint.load(path, device)
-    continued(TrainConfig.from_dict(saved.state["config"]), config)
-    return saved
+    stored = checkpoint.opened(path)
+    continued(TrainConfig.from_dict(stored.state()["config"]), config)
+    return stored
 
 
 def check_length(saved_steps: int, step: int, config: TrainConfig) -> None:
@@ -128,15 +126,3 @@ def check_length(saved_steps: int, step: int, config: TrainConfig) -> None:
             "so far other learning rates: only a run with a constant schedule, or wsd before its decay, can change its "
             f"length; resume with --steps {saved_steps}, or start a new run with --optim.schedule wsd or constant"
         )
-
-
-def load_run(path: Path, device: str = "auto") -> tuple[Decoder, TrainConfig]:
-    """The model of a run folder, with the weights of its newest whole checkpoint, and its configuration."""
-    config = read_config(path)
-    newest = newest_checkpoint(path)
-    if newest is None:
-        raise Failure(f"{path} has no checkpoint yet; train on with --resume first")
-    where = hardware.find_device(device)
-    model = Decoder(config.model).to(where)
-    model.load_state_dict(load_checkpoint(newest, config, where).model_tensors)
-    return model.eval(), config

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import UsageError
+from ..parallel.weights import Pieces
+
+Piece = tuple[str, tuple[int, ...]]
+"""Which piece of which tensor: the name that it is stored under, and its offset."""
 
 
 def encode(value: Any, path: str, tensors: Tensors) -> Any:
@@ -17,7 +23,7 @@ def encode(value: Any, path: str, tensors: Tensors) -> Any:
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor | Pieces):
         return {"__tensor__": tensors.add(path, value)}
     if isinstance(value, list | tuple):
         items = [encode(item, f"{path}/{i}", tensors) for i, item in enumerate(value)]
@@ -32,44 +38,68 @@ def encode(value: Any, path: str, tensors: Tensors) -> Any:
     )
 
 
-def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The value that `encode` was given, with the tensors of these names."""
+def decode(value: Any, tensor: Callable[[str], Tensor]) -> Any:
+    """The value that `encode` was given, `tensor` gives the tensor of a name."""
     if isinstance(value, list):
-        return [decode(item, tensors) for item in value]
+        return [decode(item, tensor) for item in value]
     if not isinstance(value, dict):
         return value
     if "__tensor__" in value:
-        return tensors[value["__tensor__"]]
+        return tensor(value["__tensor__"])
     if "__tuple__" in value:
-        return tuple(decode(item, tensors) for item in value["__tuple__"])
+        return tuple(decode(item, tensor) for item in value["__tuple__"])
     if "__dict__" in value:
-        return {decode(key, tensors): decode(item, tensors) for key, item in value["__dict__"]}
-    return {key: decode(item, tensors) for key, item in value.items()}
+        return {decode(key, tensor): decode(item, tensor) for key, item in value["__dict__"]}
+    return {key: decode(item, tensor) for key, item in value.items()}
 
 
 class Tensors:
-    """Tensors for one safetensors file; one that has several names is stored under the first."""
+    """Tensors for one safetensors file, or pieces of them; one that has several names is stored under the first."""
 
     def __init__(self) -> None:
-        self.stored: dict[str, Tensor] = {}
+        self.stored: dict[str, Pieces] = {}
         self._names: dict[tuple, str] = {}
-        self._storages: set[int] = set()
 
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.stored.values())
-
-    def add(self, name: str, tensor: Tensor) -> str:
+    def add(self, name: str, tensor: Tensor | Pieces) -> str:
         """The name that `tensor` is stored under."""
-        memory = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        pieces = tensor if isinstance(tensor, Pieces) else Pieces(tuple(tensor.shape), [((0,) * tensor.dim(), tensor)])
+        memory = tuple((t.device, t.data_ptr(), t.dtype, t.shape, t.stride()) for _, t in pieces.held)
         if memory in self._names:
             return self._names[memory]
         while name in self.stored:
             name += "'"
         self._names[memory] = name
-        copy = tensor.detach().cpu().contiguous()
-        if copy.untyped_storage().data_ptr() in self._storages:
-            copy = copy.clone()  # another view of memory that is stored already, which safetensors refuses
-        self._storages.add(copy.untyped_storage().data_ptr())
-        self.stored[name] = copy
+        self.stored[name] = pieces
         return name
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for pieces in self.stored.values() for _, tensor in pieces.held)
+
+    def sizes(self) -> dict[Piece, tuple[int, float]]:
+        """Bytes of every piece, and its value if it is a scalar."""
+        return {
+            (name, offset): (tensor.nbytes, 0.0 if tensor.dim() else float(tensor))
+            for name, pieces in self.stored.items()
+            for offset, tensor in pieces.held
+        }
+
+    def write(self, file: Path, share: Iterable[Piece]) -> dict[str, tuple[tuple[int, ...], list[Any]]]:
+        """Writes these pieces; returns of each tensor the whole's shape and every piece's file, offset, shape."""
+        storages: set[int] = set()
+        copies: dict[str, Tensor] = {}
+        written: dict[str, tuple[tuple[int, ...], list[Any]]] = {}
+        for name, offset in share:
+            copy = dict(self.stored[name].held)[offset].detach().cpu().contiguous()
+            if copy.untyped_storage().data_ptr() in storages:
+                copy = copy.clone()  # another view of memory that is written already, which safetensors refuses
+            storages.add(copy.untyped_storage().data_ptr())
+            copies[key_of(name, offset)] = copy
+            written.setdefault(name, (self.stored[name].shape, []))[1].append((file.name, offset, tuple(copy.shape)))
+        save_file(copies, file, metadata={"format": "pt"})
+        return written
+
+
+def key_of(name: str, offset: tuple[int, ...]) -> str:
+    """What a piece is called in its file."""
+    return f"{name}[{', '.join(map(str, offset))}]" if any(offset) else name

@@ -11,9 +11,7 @@ from transformers import ContinuousBatchingConfig
 from transformers.utils import logging as transformers_logging
 
 from ..errors import UsageError
-from ..evaluate.tasks import open_model
-from ..hf.convert.door import read_config
-from ..run.export import is_run
+from ..run.opening import open as open_model
 from .answer import Answers
 from .app import App, Hosts
 from .engine import Batched, Engine, OneByOne
@@ -52,9 +50,7 @@ def serve(
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    if not is_run(model):
-        read_config(model)
-    loaded, tokenizer = open_model(model, device=None if device == "auto" else device, dtype=dtype)
+    loaded, tokenizer, _ = open_model(model, device=device, dtype=dtype, transformers=True, pretrained=True)
     context = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
     cache = _cache(cache_tokens, context, loaded.device.type == "cpu")
     if continuous_batching and cache.num_blocks is not None:

@@ -37,8 +37,8 @@ def outlives_terminal(number: int) -> bool:
 
 
 @contextmanager
-def starting_deaf_processes(*signals: int) -> Iterator[None]:
-    """Processes started within never hear `signals`; Ctrl-C, for one, goes to every process of the terminal.
+def signals_blocked(*signals: int) -> Iterator[None]:
+    """Processes started within never get `signals`; Ctrl-C, for one, goes to every process of the terminal.
 
     This process gets what arrives meanwhile afterwards.
     """

@@ -78,7 +78,7 @@ def losses_without(
         for now in (members[i : i + rows] for i in range(0, len(members), rows)):
             if time.monotonic() > deadline:
                 return torch.stack(results)
-            with _deaf(residual, present, [cuts[i] for i in now]), _starting_at(model, start, states[start]):
+            with _leaving_out(residual, present, [cuts[i] for i in now]), _starting_at(model, start, states[start]):
                 found = losses(model, tokens.expand(len(now), -1))
             for i, row in zip(now, found, strict=True):
                 results[i] = row
@@ -113,7 +113,7 @@ def _starting_at(model: nn.Module, layer: int, state: State) -> Iterator[None]:
 
 
 @contextmanager
-def _deaf(residual: DepthAttention, present: Sequence[Sequence[int]], cuts: Sequence[Cut]) -> Iterator[None]:
+def _leaving_out(residual: DepthAttention, present: Sequence[Sequence[int]], cuts: Sequence[Cut]) -> Iterator[None]:
     """Within, row k of the batch reads without what cuts[k] says. Sources may have one row for all."""
 
     def read(

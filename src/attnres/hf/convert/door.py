@@ -8,7 +8,7 @@ and training moves it from there.
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import SafetensorError
 from torch import nn
@@ -113,24 +113,36 @@ def load_weights(model_class: Any, folder: str | Path, dropped: bool = False, **
     return model
 
 
+def load_pretrained(folder: str | Path, **options: Any) -> Any:
+    """Loads any causal language model of transformers from a folder or Hub name; raises what `load` raises."""
+    return load_weights(AutoModelForCausalLM, folder, dropped=True, **options)
+
+
+def kind_of(config: Any) -> Literal["native", "converted", "pretrained"]:
+    """What holds a transformers config: a model of ours, a converted one, or one without Attention Residuals."""
+    if config.model_type == "attnres":
+        return "native"
+    return "converted" if config.model_type.startswith(TYPE_PREFIX) else "pretrained"
+
+
 def read_config(folder: str | Path) -> Any:
     """The transformers config in a model folder. Raises UsageError if there is none that can be read."""
     if Path(folder).is_dir() and not (Path(folder) / "config.json").is_file():
-        raise UsageError(f"{folder} has no config.json; give the folder of a transformers model")
+        raise UsageError(f"{folder} is no model: it has no config.json; give the folder of a transformers model")
     register_architectures()
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{folder} has no config that can be read: {first_line(error)}") from error
+        raise UsageError(f"{folder} is no model: it has no config that can be read: {first_line(error)}") from error
     table.check_config(config)
     return config
 
 
 def _class_in(folder: str | Path) -> Any:
     config = read_config(folder)
-    if config.model_type == "attnres":
+    if (kind := kind_of(config)) == "native":
         return AutoModelForCausalLM
-    if not config.model_type.startswith(TYPE_PREFIX):
+    if kind == "pretrained":
         raise UsageError(f"{folder} holds a {config.model_type!r} model without Attention Residuals; convert it first")
     name = (config.architectures or [""])[0]
     original = original_class(name, type(config))

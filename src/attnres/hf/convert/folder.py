@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from ... import json_text
 from ...errors import Failure, UsageError
-from .door import convert, load_weights, read_config
+from .door import convert, load_pretrained, read_config
 
 TOLERANCE = 1e-4
 """Largest difference of logits in single precision that counts as the same function, relative to the largest logit."""
@@ -80,7 +79,7 @@ def convert_folder(
             f"the converted model computes something else (relative difference {result['relative_difference']:.3g}, "
             f"allowed {TOLERANCE:g}); nothing was written"
         )
-    model = _load(source, "auto")
+    model = load_pretrained(source, dtype="auto")
     before = model.num_parameters()
     convert(model, residual, **sizes)
     _write(model, source, destination)
@@ -121,7 +120,7 @@ def sample_tokens(vocab_size: int, length: int, seed: int = 0) -> Sample:
 
 @torch.no_grad()
 def _verify(source: Path, residual: str, sizes: dict[str, Any]) -> dict[str, Any]:
-    model = _load(source, torch.float32).eval()
+    model = load_pretrained(source, dtype=torch.float32).eval()
     length = min(64, getattr(model.config, "max_position_embeddings", None) or 64)
     sample = sample_tokens(model.config.vocab_size, length)
     before = model(**sample._asdict(), use_cache=False).logits
@@ -135,10 +134,6 @@ def _verify(source: Path, residual: str, sizes: dict[str, Any]) -> dict[str, Any
         "largest_logit": largest,
         "relative_difference": difference / largest if largest else difference,
     }
-
-
-def _load(source: Path, dtype: Any) -> Any:
-    return load_weights(AutoModelForCausalLM, source, dropped=True, dtype=dtype)
 
 
 def _write(model: Any, source: Path, destination: Path) -> None:

@@ -1,15 +1,33 @@
-"""The output folder of `attnres train`, as a source of models: its configuration, checkpoint and tokenizer."""
+"""Where the output of `attnres train` lies on disk: its shape, the checkpoint to take, the weights in it."""
+
+from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .. import json_text
+from ..data.tokenizer import load_tokenizer_from
 from ..errors import Failure, UsageError
 from ..files import read
 from ..model import DecoderConfig
+from . import checkpoint
+from .stored import MODEL
+
+
+def is_run(folder: str | Path) -> bool:
+    """Whether `folder` is the output of a training run, or a checkpoint in it, and not a Hugging Face model."""
+    values = _settings(root_of(folder))
+    return "model_type" not in values and isinstance(values.get("model"), dict)
+
+
+def root_of(folder: str | Path) -> Path:
+    """The run that a checkpoint folder belongs to; any other folder as it is, wherever it lies."""
+    folder = Path(folder)
+    inside = folder.parent.name == "checkpoints" and not (folder / "config.json").exists()
+    return folder.parent.parent if inside else folder
 
 
 class Run(NamedTuple):
@@ -28,38 +46,25 @@ class Run(NamedTuple):
     def weights(self) -> Iterator[Path]:
         """A folder with the whole model as model.safetensors: the checkpoint, or a temporary one for the parts of many
         processes. Raises Failure where that cannot be written."""
-        from . import checkpoint as checkpoints
-
-        if (self.checkpoint / checkpoints.MODEL).exists():
+        if (self.checkpoint / MODEL).exists():
             yield self.checkpoint
             return
-        from . import sharded
-
         with tempfile.TemporaryDirectory(prefix="attnres-run-") as place:
-            sharded.export(self.checkpoint, Path(place))
+            checkpoint.export(self.checkpoint, Path(place))
             yield Path(place)
 
 
-def is_run(folder: str | Path) -> bool:
-    """Whether `folder` is the output of a training run, or a checkpoint in it, and not a Hugging Face model."""
-    values = _settings(root_of(folder))
-    return "model_type" not in values and isinstance(values.get("model"), dict)
-
-
-def open_run(folder: str | Path) -> Run:
+def find_run(folder: str | Path) -> Run:
     """The run in `folder`, with its newest whole checkpoint; or the run around a checkpoint folder, with that one.
 
     Nothing is written. Raises UsageError where there is no run or no checkpoint.
     """
-    from ..data.tokenizer import load_tokenizer_from
-    from . import checkpoint as checkpoints
-
     folder = Path(folder)
     root = root_of(folder)
     if not is_run(folder):
         raise UsageError(f"{folder} is not a training run; give the --out of attnres train or a checkpoint in it")
-    chosen: Path | None = folder if folder != root else checkpoints.latest(root / "checkpoints")
-    if chosen is None or not any((chosen / name).is_file() for name in (checkpoints.MODEL, checkpoints.METADATA)):
+    chosen = folder if folder != root else checkpoint.latest(root / "checkpoints")
+    if chosen is None or not checkpoint.is_checkpoint(chosen):
         raise UsageError(f"{folder} holds no whole checkpoint; give a run that has saved one")
     has_tokenizer = (root / "tokenizer.json").is_file()
     return Run(
@@ -70,14 +75,7 @@ def open_run(folder: str | Path) -> Run:
     )
 
 
-def root_of(folder: str | Path) -> Path:
-    """The run that a checkpoint folder belongs to; any other folder as it is, wherever it lies."""
-    folder = Path(folder)
-    inside = folder.parent.name == "checkpoints" and not (folder / "config.json").exists()
-    return folder.parent.parent if inside else folder
-
-
-def _settings(root: Path) -> dict:
+def _settings(root: Path) -> dict[str, Any]:
     try:
         values = json_text.parse(read(root / "config.json"))
     except FileNotFoundError:
