@@ -5,8 +5,8 @@
     PYTHONPATH=src OMP_NUM_THREADS=1 python benchmarks/reads.py --time                      # cost, on a quiet machine
 
 What is asked and expected stands in docs/results.md. A finished run has a result.json in its folder and is not
-repeated; one that was cut off, by a kill too, goes on from its last checkpoint. --table writes reads_cpu.json, .md and
-the figure from the runs, --time reads_cost_cpu.json and .md.
+repeated; one that was cut off, by a kill too, goes on from its last checkpoint. --table writes reads_cpu.json
+and .md from the runs, and figures under --out, --time reads_cost_cpu.json and .md.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import reads_cost
+import reads_figure
 import reads_table
 import timing
 from reads_grid import Run, queue, train_and_look
 
+from attnres.analysis.draw.figures import save
 from attnres.errors import Failure, UsageError
 from attnres.lab.grid import opened, run_grid
 from attnres.run.config import TrainConfig
@@ -68,7 +70,10 @@ def table(out: Path, results: Path) -> None:
     costs = results / f"{reads_cost.NAME}.json"
     by_form = reads_cost.ratios(json.loads(costs.read_text())) if costs.exists() else {}
     lines = reads_table.page({run: result["val_loss"] for run, result in found.items()}, by_form)
-    timing.save(results, "reads_cpu", reads_table.document(found), lines)
+    document = reads_table.document(found)
+    timing.save(results, "reads_cpu", document, lines)
+    for length in {entry["length"] for entry in document["inside"]}:
+        save(reads_figure.inside_figure(document["inside"], length), out / "figures", f"reads_inside_x{length:g}")
     print("\n".join(lines))
 
 

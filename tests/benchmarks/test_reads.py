@@ -149,6 +149,18 @@ def test_runs_go_on_where_they_stopped_and_become_a_table(tmp_path: Path, monkey
     assert len(json.loads((tmp_path / "reads_cpu.json").read_text())["runs"]) == 2
 
 
+def test_the_figure_shows_what_the_layers_see(tmp_path: Path):
+    import reads_figure
+
+    prenorm = {"form": "prenorm", "length": 1, "mixing": torch.ones(5, 5).tril().tolist()}
+    prenorm |= {"input_rms": [1.0, 2.0, 3.0, 4.0], "gradient_rms": [4.0, 3.0, 2.0, 1.0]}
+    block = prenorm | {"form": "block", "mixing": (torch.arange(25.0).view(5, 5)).tolist()}
+    panels = reads_figure.inside_figure([prenorm, block, block | {"length": 3}], 1).axes
+    drawn = [[line.get_ydata().tolist() for line in panel.lines] for panel in panels]
+    assert drawn[0] == [[1, 1, 1, 1], [0, 6, 12, 18]] and drawn[1] == [[1, 1, 1, 1], [0, 5, 10, 15]]
+    assert drawn[2] == [[1, 2, 3, 4]] * 2 and drawn[3] == [[4, 3, 2, 1]] * 2
+
+
 def test_every_form_has_a_cost(tmp_path: Path, capsys):
     import reads_cost
     import reads_grid
