@@ -33,6 +33,11 @@ def standard(residual: Any) -> Traffic:
     return Traffic(3)
 
 
+def x0_lambdas(residual: Any) -> Traffic:
+    """As standard, with the embedding in."""
+    return Traffic(3 + 1)
+
+
 def highway(residual: Any) -> Traffic:
     """The gate's matrix: the stream in, the gate out. Then gate, output and stream in, the stream out."""
     return Traffic(2 + 4)
@@ -130,6 +135,7 @@ def ancre(residual: Any) -> Traffic:
 
 FORMULAS: dict[str, Callable[[Any], Traffic]] = {
     **dict.fromkeys(("prenorm", "rezero", "layerscale", "deepnorm", "keel", "delta"), standard),
+    "x0_lambdas": x0_lambdas,
     "highway": highway,
     "siamesenorm": siamesenorm,
     "laurel": laurel,

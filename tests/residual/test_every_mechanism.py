@@ -34,7 +34,7 @@ VARIANTS = [
     ("block_attnres", {"num_blocks": 2, "schedule": "auto"}),
 ]
 TWO_PHASE = [("full_attnres", {"schedule": "two_phase"}), ("block_attnres", {"num_blocks": 2, "schedule": "two_phase"})]
-AS_PRENORM = {"full_attnres", "block_attnres", "laurel", "hyper_connections", "denseformer", "muddformer"}
+AS_PRENORM = {"full_attnres", "block_attnres", "laurel", "hyper_connections", "denseformer", "muddformer", "x0_lambdas"}
 """Mechanisms that are the plain sum at the start, around equal layers."""
 
 every = pytest.mark.parametrize(("name", "options"), VARIANTS, ids=lambda v: v if isinstance(v, str) else "")

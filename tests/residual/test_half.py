@@ -30,6 +30,7 @@ CASES = [
     ("mhc", {}),
     ("siamesenorm", {}),
     ("denseformer", {}),
+    ("x0_lambdas", {}),
 ]
 
 

@@ -19,6 +19,7 @@ CASES = [
     ("block_attnres", {"num_blocks": 2, "schedule": "two_phase"}),
     ("rezero", {}),
     ("layerscale", {}),
+    ("x0_lambdas", {}),
     ("highway", {}),
     ("deepnorm", {}),
     ("keel", {}),
@@ -96,5 +97,6 @@ def test_equal_names_are_equal_tensors(name, options):
         for key, tensor in zip(names, tensors, strict=True):
             assert torch.equal(seen.setdefault(key, tensor), tensor)
         state = advance(res, layers, state, layer, layer + 1)
-    history = {"full_attnres": 7, "block_attnres": 3 + 4 if options.get("block_size") else 2 + 5, "siamesenorm": 14}
+    history = {"full_attnres": 7, "block_attnres": 3 + 4 if options.get("block_size") else 2 + 5}
+    history |= {"siamesenorm": 2 * LAYERS, "x0_lambdas": LAYERS + 1}
     assert len(seen) == history.get(name, LAYERS), "whatever never changes keeps its name"

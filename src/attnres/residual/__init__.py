@@ -23,6 +23,7 @@ from .mechanisms.multihead_attnres import MultiheadAttnRes
 from .mechanisms.prenorm import PreNorm
 from .mechanisms.rezero import ReZero
 from .mechanisms.siamesenorm import SiameseNorm
+from .mechanisms.x0_lambdas import X0Lambdas
 from .registry import build, get, names, register
 from .watch import watched
 
@@ -51,6 +52,7 @@ __all__ = [
     "Residual",
     "SiameseNorm",
     "State",
+    "X0Lambdas",
     "build",
     "get",
     "names",

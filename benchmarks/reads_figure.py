@@ -1,0 +1,63 @@
+"""What travels over depth in the models of `reads.py`: weights, magnitudes and gradients, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from attnres.analysis.draw.style import apply_style, plain_log_ticks
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLOURS = {
+    "prenorm": "#6b7280",
+    "block": "#0072b2",
+    "block, Transformer blocks": "#009e73",
+    "block, borders": "#cc79a7",
+    "full": "#d55e00",
+    "full, Transformer blocks": "#b8860b",
+}
+
+
+def newest_weight(entry: dict[str, Any]) -> list[float]:
+    """With which weight every layer sees the output before it; the plain sum: 1."""
+    return [row[layer] for layer, row in enumerate(entry["mixing"][:-1])]
+
+
+def embedding_weight(entry: dict[str, Any]) -> list[float]:
+    return [row[0] for row in entry["mixing"][:-1]]
+
+
+PANELS = {
+    "Weight of the newest output": newest_weight,
+    "Weight of the embedding": embedding_weight,
+    "Input of a layer (RMS)": lambda entry: entry["input_rms"],
+    "Gradient at its output (RMS)": lambda entry: entry["gradient_rms"],
+}
+
+
+def inside_figure(inside: Sequence[dict[str, Any]], length: float) -> Figure:
+    """Four panels over the layers of the runs of one length, a line a form; means over tokens and seeds.
+
+    Weights are those of the depth mixing matrix, in which PreNorm has ones.
+    """
+    found = {entry["form"]: entry for entry in inside if entry["length"] == length and entry["form"] in COLOURS}
+    with apply_style():
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7.0, 4.2), layout="constrained")
+        panels = figure.subplots(2, 2, sharex=True)
+        for axes, (title, values) in zip(panels.flat, PANELS.items(), strict=True):
+            for form in COLOURS:
+                if form in found:
+                    line = values(found[form])
+                    axes.plot(range(1, len(line) + 1), line, color=COLOURS[form], marker=".", label=form)
+            axes.set_title(title)
+            if title.endswith("(RMS)"):
+                axes.set_yscale("log")
+                plain_log_ticks(axes.yaxis)
+        for axes in panels[1]:
+            axes.set_xlabel("Layer")
+        figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
