@@ -48,7 +48,8 @@ class X0Lambdas(Residual):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        self.lambdas.copy_(torch.tensor([1.0, 0.0]))
+        self.lambdas[:, 0] = 1.0
+        self.lambdas[:, 1] = 0.0
 
     def start(self, embedding: Tensor) -> LambdaState:
         return LambdaState(embedding, embedding, None)
@@ -56,7 +57,7 @@ class X0Lambdas(Residual):
     def read(self, state: LambdaState, layer: int, norm: nn.Module | None = None) -> tuple[Tensor, LambdaState]:
         check_turn(state.unread is not None, "read", layer)
         assert state.unread is not None
-        weights = self.lambdas[layer - self.first_layer].to(statistics_dtype(state.unread.dtype))
+        weights = self.row("lambdas", layer).to(statistics_dtype(state.unread.dtype))
         stream = mix(weights, (state.unread, state.embedding))
         return normed(stream, norm), LambdaState(state.embedding, None, stream)
 
