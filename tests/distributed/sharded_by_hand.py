@@ -101,5 +101,6 @@ def hugging_face(groups):
     from attnres import hf
 
     shape = {**SHAPE, "max_position_embeddings": 16}
+    torch.manual_seed(0)  # transformers draws weights from the process's generator, wherever that stands
     model = trained_like(hf.AttnResForCausalLM(hf.AttnResConfig(**shape, residual="block_attnres")).double())
     compare(model, lambda m: m.model.layers, lambda m: m.model.residual, groups)

@@ -40,9 +40,10 @@ def test_the_page_runs(tmp_path, monkeypatch):
 def test_the_command_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     build("llama", torch.float32, num_hidden_layers=4).save_pretrained("base-model")
-    (line,) = snippets("console")
-    program, command, source, target, flag, value = shlex.split(line.removeprefix("$ "))
+    (commands,) = snippets("console")
+    (program, command, source, target, flag, value), after = map(shlex.split, commands.replace("$ ", "").splitlines())
     assert (program, command, flag) == ("attnres", "convert", "--num-blocks")
+    assert after[:3] == ["attnres", "generate", target]
     convert_folder(source, target, num_blocks=int(value))
     assert hf.load(target).model.residual.num_blocks == 8
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, distributed, nn
@@ -20,9 +21,10 @@ from ..model import Decoder, DecoderConfig
 from ..model.decoder import Backbone
 from . import experts, fsdp, gradients, mesh, tensor
 from .agreement import summed
-from .build import build_parts
 from .config import ParallelConfig
-from .pipeline import Layout, Pipeline
+
+if TYPE_CHECKING:
+    from .pipeline import Pipeline
 
 IGNORED = -100
 """The target of a token that does not count."""
@@ -69,6 +71,10 @@ class Share:
             self.parts = [Decoder(config, seed).to(device)]
             self.parts[0].enable_checkpointing(checkpointing)
             return
+        # torch's pipelines bring its compiler along, for which a process alone would wait
+        from .build import build_parts
+        from .pipeline import Layout, Pipeline
+
         self.mesh = mesh.build(parallel, device)
         self.expert_mesh = mesh.of_experts(parallel, self.mesh)
         self.replica = self.mesh.get_local_rank("dp") * parallel.shard + self.mesh.get_local_rank("shard")
