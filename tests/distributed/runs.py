@@ -21,7 +21,7 @@ from attnres.cli import main
 from attnres.data.corpus import load_corpus
 from attnres.errors import Failure, UsageError
 from attnres.model import DecoderConfig, preset
-from attnres.parallel import mesh, share
+from attnres.parallel import build, mesh, pipeline
 from attnres.parallel.config import ParallelConfig
 from attnres.parallel.weights import held_tensors
 from attnres.run import checkpoint, hardware
@@ -101,9 +101,9 @@ def run_exactly(config: TrainConfig) -> tuple[bool, int, float]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("float", "bfloat16"):
             patch.setattr(torch.Tensor, name, torch.Tensor.double)
-        layout, build = share.Layout, share.build_parts
-        patch.setattr(share, "Layout", lambda *shape: layout(*shape[:-1], torch.float64))
-        patch.setattr(share, "build_parts", partial(build, dtype=torch.float64))
+        layout, build_parts = pipeline.Layout, build.build_parts
+        patch.setattr(pipeline, "Layout", lambda *shape: layout(*shape[:-1], torch.float64))
+        patch.setattr(build, "build_parts", partial(build_parts, dtype=torch.float64))
         torch.set_default_dtype(torch.float64)
         try:
             return _run(config)
