@@ -33,13 +33,17 @@ CONNECTIONS = 24
 TEMPLATE = "{% for m in messages %}{{ m['role'] + ':' + m['content'] }}{% endfor %}"
 
 
+def _free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 class Served:
     """A server process, and the model that it has."""
 
     def __init__(self, folder, log, *flags):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = _free_port()
         self.name, self.log = folder.name, log
         argv = ["serve", folder, "--port", self.port, "--device", "cpu", *flags]
         self.temporary = log.with_suffix(".tmp")
@@ -332,10 +336,10 @@ def test_bad_arguments_end_with_one_sentence(server, tmp_path):
 
 def test_folders_that_hold_no_model(tmp_path):
     with pytest.raises(UsageError, match=r"has no config\.json"):
-        command.run([str(tmp_path)])
+        command.run([str(tmp_path), "--port", str(_free_port())])
     (tmp_path / "config.json").write_text('{"model_type": "attnres", "architectures": ["AttnResForCausalLM"]}')
     with pytest.raises(UsageError, match="cannot be loaded"):
-        command.run([str(tmp_path), "--device", "cpu"])
+        command.run([str(tmp_path), "--device", "cpu", "--port", str(_free_port())])
 
 
 def test_a_tokenizer_that_knows_more_tokens_than_the_model_is_refused(tmp_path):
@@ -345,10 +349,10 @@ def test_a_tokenizer_that_knows_more_tokens_than_the_model_is_refused(tmp_path):
     LlamaForCausalLM(LlamaConfig(**shape, intermediate_size=64)).save_pretrained(tmp_path)
     ByteTokenizer().save(tmp_path)
     with pytest.raises(UsageError, match=r"the tokenizer of .* knows 257 tokens and the model 256"):
-        command.run([str(tmp_path)])
+        command.run([str(tmp_path), "--port", str(_free_port())])
 
 
 def test_a_missing_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'attnres\[serve\]'"):
-        command.run([str(tmp_path)])
+        command.run([str(tmp_path), "--port", str(_free_port())])
