@@ -28,6 +28,19 @@ def user_path(path: str | Path) -> Path:
         raise UsageError(f"{path} begins with a home folder that is not known here; write the path in full") from error
 
 
+def default_cache_dir() -> Path:
+    """ATTNRES_CACHE, else XDG_CACHE_HOME/attnres, else ~/.cache/attnres. Raises UsageError where there
+    is no home."""
+    if folder := os.environ.get("ATTNRES_CACHE"):
+        return user_path(folder)
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return user_path(folder) / "attnres"
+    try:
+        return Path.home() / ".cache" / "attnres"
+    except RuntimeError as error:
+        raise UsageError("no home folder is known here to cache tokens in; set ATTNRES_CACHE to a folder") from error
+
+
 def opened_if_regular(path: str, flags: int) -> int:
     """An `opener` for open(): raises OSError for what is no file, such as a FIFO, where reading would never end."""
     descriptor = _opened_at_once(path, flags)

@@ -10,6 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from attnres import ops
 from attnres.ops.eager import Eager
 
+from .native import COMPILED, require_native
+
 
 def straightforward(query, sources, key_norm, eps):
     values = torch.stack(list(sources))
@@ -26,8 +28,10 @@ def inputs(num_sources, shape=(3, 5), dim=17, dtype=torch.float64, grad=True, ma
     return [t.to(dtype).requires_grad_(grad) for t in (query, key_norm, *sources)]
 
 
-@pytest.fixture(params=["reference", "eager"])
+@pytest.fixture(params=["reference", "eager", "native"])
 def backend(request):
+    if request.param == "native":
+        require_native()
     ops.set_backend(request.param)
     yield request.param
     ops.set_backend("auto")
@@ -155,7 +159,7 @@ def test_bad_arguments_are_named(change, message):
 def test_backend_choice_is_checked_and_announced_once(caplog, monkeypatch):
     from attnres.ops import dispatch
 
-    with pytest.raises(ValueError, match="one of auto, reference, eager, triton"):
+    with pytest.raises(ValueError, match="one of auto, reference, eager, native, triton"):
         ops.set_backend("cuda")
     assert ops.backend() == "auto"
     monkeypatch.setattr(dispatch, "_announced", set())
@@ -163,7 +167,11 @@ def test_backend_choice_is_checked_and_announced_once(caplog, monkeypatch):
     with caplog.at_level("INFO", "attnres"):
         ops.depth_attention(query, sources, key_norm)
         ops.depth_attention(query, sources, key_norm)
-    assert [r.message for r in caplog.records] == ["depth attention runs on the eager backend (cpu, torch.float64)"]
+    messages = [record.message for record in caplog.records if "compiled" not in record.message]
+    if COMPILED:
+        assert messages == ["depth attention runs on the native backend (cpu, torch.float64)"]
+    else:
+        assert len(messages) == 1 and messages[0].startswith("depth attention runs on the eager backend: the native")
 
 
 @pytest.mark.parametrize("installed", [True, False])

@@ -118,8 +118,9 @@ def test_folded_queries_need_no_key_norm():
             torch.testing.assert_close(got, want)
 
 
-def test_they_serve_where_gradients_are_off_and_nothing_is_compiled():
+def test_they_serve_where_gradients_are_off_and_nothing_is_compiled(monkeypatch):
     row = torch.zeros(2, 3)
+    monkeypatch.setattr(dispatch, "_choice", "eager")
     assert type(dispatch.select(row)) is Eager
     with torch.inference_mode():
         assert type(dispatch.select(row)) is NoGrad

@@ -15,7 +15,6 @@ import importlib.util
 import itertools
 import json
 import logging
-import os
 import shutil
 import sys
 import tempfile
@@ -32,7 +31,7 @@ import numpy as np
 
 from .. import json_text
 from ..errors import UsageError
-from ..files import user_path
+from ..files import default_cache_dir, user_path
 from .batches import Batches, validation_batches
 from .cache import cached
 from .pieces import PIECE_BYTES
@@ -112,18 +111,6 @@ class Corpus:
     tokenizer: Tokenizer
     train: np.ndarray
     validation: np.ndarray
-
-
-def default_cache_dir() -> Path:
-    """ATTNRES_CACHE, else XDG_CACHE_HOME/attnres, else ~/.cache/attnres. Raises UsageError where there is no home."""
-    if folder := os.environ.get("ATTNRES_CACHE"):
-        return user_path(folder)
-    if folder := os.environ.get("XDG_CACHE_HOME"):
-        return user_path(folder) / "attnres"
-    try:
-        return Path.home() / ".cache" / "attnres"
-    except RuntimeError as error:
-        raise UsageError("no home folder is known here to cache tokens in; set ATTNRES_CACHE to a folder") from error
 
 
 def _read_cache(path: Path, key: str) -> tuple[np.ndarray, np.ndarray] | None:

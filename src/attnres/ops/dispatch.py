@@ -1,12 +1,13 @@
 """Which backend runs an op: the choice, its announcement, and the override, in one place.
 
     reference   plain PyTorch, autograd through everything; any device, any dtype
-    eager       gradient written by hand; any device, any dtype; what "auto" takes without a GPU; without gradients,
-                in forms of few calls for decoding (`no_grad`)
+    eager       gradient written by hand; any device, any dtype; without gradients, in forms of few calls for decoding
+                (`no_grad`)
+    native      C for CPUs, compiled at first use; bf16, fp16, fp32, fp64
     triton      fused kernels on CUDA; bf16, fp16, fp32
 
-"auto" takes triton for CUDA tensors that its kernels support and eager elsewhere; torch.compile traces into it and
-fuses it. ATTNRES_BACKEND sets the choice at import.
+"auto" takes triton for CUDA tensors that its kernels support, native for CPU tensors where there is a C compiler, and
+eager elsewhere; torch.compile traces into that and fuses it. ATTNRES_BACKEND sets the choice at import.
 """
 
 import importlib.util
@@ -21,10 +22,11 @@ from torch import Tensor
 from .backend import Backend
 from .dry import Dry
 from .eager import Eager
+from .native.backend import NATIVE
 from .no_grad import NoGrad
 from .reference import Reference
 
-NAMES = ("auto", "reference", "eager", "triton")
+NAMES = ("auto", "reference", "eager", "native", "triton")
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 """Found at import: a compiler that traces a read must not trace the search for a package."""
 
@@ -35,7 +37,7 @@ _choice = "auto"
 
 
 def set_backend(name: str) -> None:
-    """Chooses the backend of every depth-attention op: "auto", "reference", "eager" or "triton".
+    """Chooses the backend of every depth-attention op: "auto", "reference", "eager", "native" or "triton".
 
     Raises ValueError for an unknown name, or for "triton" where Triton is not installed.
     """
@@ -81,6 +83,9 @@ def _automatic(source: Tensor, num_sources: int) -> Backend:
     if source.is_cuda:
         reason = _named("triton").declines(source, num_sources) if TRITON_INSTALLED else "Triton is not installed"
         name = "eager" if reason else "triton"
+    elif source.is_cpu and not torch.compiler.is_compiling():
+        reason = NATIVE.declines(source, num_sources)
+        name = "eager" if reason else "native"
     _announce(name, source, reason)
     return _named(name)
 
@@ -90,6 +95,8 @@ def _named(name: str) -> Backend:
         from .triton.backend import TRITON
 
         return TRITON
+    if name == "native":
+        return NATIVE
     if name == "dry":
         return _DRY
     if name == "reference":

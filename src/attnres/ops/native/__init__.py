@@ -1,0 +1,1 @@
+"""Depth attention in C, for CPUs."""

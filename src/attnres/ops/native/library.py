@@ -1,0 +1,196 @@
+"""Calls into the library: tensors as addresses, and nothing that PyTorch would do for microseconds.
+
+Rows are made contiguous, parameters come in the dtype of statistics, and sizes are compared once more: the C code would
+read beyond a tensor's end. `Form` is what of a read is no tensor.
+"""
+
+import os
+import struct
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..formulas import statistics_dtype
+from .build import library
+
+SHARE = 1 << 15
+"""Elements of the rows from which a further thread pays."""
+
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+class Form(NamedTuple):
+    """norm_eps None: no norm follows. phase_1: log-sum-exps are wanted, and copies of an only source are not."""
+
+    eps: float
+    norm_eps: float | None = None
+    scale: float = 1.0
+    phase_1: bool = False
+
+
+class ReadResult(NamedTuple):
+    """outs: S reads, None for what is a view of the only source; lse: [S, ...]; stats: what the backward
+    pass needs, [..., weights S x rows, logits S x rows, n + 1 reciprocal roots]; total: the first source with addend."""
+
+    outs: list[Tensor | None]
+    lse: Tensor | None
+    stats: Tensor | None
+    total: Tensor | None
+
+
+def plain(tensor: Tensor) -> bool:
+    """Whether a tensor is what it seems: a subclass may have its data elsewhere or none at all."""
+    return type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
+
+
+def rows(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors with rows one after the other. Raises ValueError unless they agree."""
+    first = tensors[0]
+    numel, dtype = first.numel(), first.dtype
+    made = []
+    for tensor in tensors:
+        if not plain(tensor):
+            tensor = tensor.clone()  # a collective's result waits for its data here
+        if tensor.numel() != numel or tensor.dtype != dtype or not tensor.is_cpu or not plain(tensor):
+            raise ValueError(
+                f"the native backend takes plain CPU tensors of one shape and dtype; {dtype} {list(first.shape)} meets "
+                f"{type(tensor).__name__} {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+            )
+        made.append(tensor if tensor.is_contiguous() else tensor.contiguous())
+    return made
+
+
+def numbers(tensor: Tensor | None, like: Tensor, count: int) -> Tensor | None:
+    """A parameter or statistic in the dtype of statistics for rows like `like`. Raises ValueError unless it has `count`
+    numbers."""
+    if tensor is None:
+        return None
+    if tensor.numel() != count or not tensor.is_cpu:
+        raise ValueError(f"the native backend expects {count} numbers on the CPU; it got {list(tensor.shape)}")
+    dtype = statistics_dtype(like.dtype)
+    if not plain(tensor):
+        tensor = tensor.clone()
+    if tensor.dtype != dtype:
+        tensor = tensor.to(dtype)
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
+def read(
+    form: Form, query: Tensor, key_norm: Tensor | None, weight: Tensor | None, prior: Tensor | None,
+    prior_lse: Tensor | None, addend: Tensor | None, sources: Sequence[Tensor], keep: bool,
+) -> ReadResult:  # fmt: skip
+    """S reads of the sources by queries [S, D] or [D]; `Function` in `autograd` says what the arguments are. keep: the
+    backward pass will need statistics."""
+    n = len(sources)
+    given = rows([*sources, *(t for t in (prior, addend) if t is not None)])
+    first = given[0]
+    width = first.shape[-1]
+    tokens = first.numel() // max(width, 1)
+    queries = query.numel() // max(width, 1)
+    q, g = numbers(query, first, queries * width), numbers(key_norm, first, queries * width)
+    w, earlier = numbers(weight, first, width), numbers(prior_lse, first, tokens)
+    dtype, leading = statistics_dtype(first.dtype), first.shape[:-1]
+    total = torch.empty_like(first) if addend is not None else None
+    lse = first.new_empty((queries, *leading), dtype=dtype) if form.phase_1 else None
+    all_rows = n + (prior is not None)
+    stats = first.new_empty((*leading, 2 * all_rows * queries + n + 1), dtype=dtype) if keep else None
+    outs: list[Tensor | None] = [torch.empty_like(first) for _ in range(queries)]
+    if form.phase_1 and n == 1:
+        outs = [out if i == 0 and form.norm_eps is not None else None for i, out in enumerate(outs)]
+    table = [*given[:all_rows], *outs]
+    _run("depth_read", first, form, tokens, width, n, queries, q, g, w, earlier, given[-1] if total is not None else None,
+         total, lse, stats, None, None, None, None, None, table)  # fmt: skip
+    return ReadResult(outs, lse, stats, total)
+
+
+class ReadGradients(NamedTuple):
+    query: Tensor
+    key_norm: Tensor | None
+    weight: Tensor | None
+    prior: Tensor | None
+    prior_lse: Tensor | None
+    sources: list[Tensor]
+
+
+def read_backward(
+    form: Form, query: Tensor, key_norm: Tensor | None, weight: Tensor | None, prior: Tensor | None,
+    prior_lse: Tensor | None, sources: Sequence[Tensor], stats: Tensor, douts: Sequence[Tensor | None],
+    dlse: Tensor | None, later: Sequence[Tensor | None],
+) -> ReadGradients:  # fmt: skip
+    """Gradients of what `read` made; `sources` with the addend in the first. later: what is added to theirs."""
+    n = len(sources)
+    given = rows([*sources, *([] if prior is None else [prior])])
+    first = given[0]
+    left = iter(rows([first, *(t for t in (*douts, *later) if t is not None)])[1:])
+    gradients = [None if t is None else next(left) for t in (*douts, *later)]
+    width = first.shape[-1]
+    tokens, queries = first.numel() // max(width, 1), len(douts)
+    q, g = numbers(query, first, queries * width), numbers(key_norm, first, queries * width)
+    w, earlier = numbers(weight, first, width), numbers(prior_lse, first, tokens)
+    assert q is not None
+    dq, dg = torch.empty_like(q), None if g is None else torch.empty_like(g)
+    dw = None if w is None else torch.empty_like(w)
+    dearlier = None if earlier is None else torch.empty_like(earlier)
+    made = [torch.empty_like(first) for _ in given]
+    _run("depth_read_backward", first, form, tokens, width, n, queries, q, g, w, earlier, None, None, None, stats,
+         numbers(dlse, first, queries * tokens), dq, dg, dw, dearlier, [*given, *gradients, *made])  # fmt: skip
+    return ReadGradients(dq, dg, dw, None if prior is None else made[-1], dearlier, made[:n])
+
+
+def add_norm(
+    stream: Tensor | None, update: Tensor, weight: Tensor | None, eps: float, keep: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(stream + update or update, its norm, what the backward pass needs)."""
+    given = rows([update] if stream is None else [update, stream])
+    first = given[0]
+    width = first.shape[-1]
+    total = None if stream is None else torch.empty_like(first)
+    x = torch.empty_like(first)
+    stats = first.new_empty(first.shape[:-1], dtype=statistics_dtype(first.dtype)) if keep else None
+    _run("depth_add", first, Form(0.0, eps), first.numel() // max(width, 1), width, 1, 0, None, None,
+         numbers(weight, first, width), None, given[-1] if total is not None else None, total, None, stats,
+         None, None, None, None, None, [first, x])  # fmt: skip
+    return first if total is None else total, x, stats
+
+
+def add_norm_backward(
+    total: Tensor, weight: Tensor | None, stats: Tensor, dx: Tensor, dtotal: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor | None]:
+    """(gradient of the sum and so of what was added, of the weight)."""
+    first, *given = rows([total, dx] if dtotal is None else [total, dx, dtotal])
+    width = first.shape[-1]
+    w = numbers(weight, first, width)
+    dw, made = None if w is None else torch.empty_like(w), torch.empty_like(first)
+    _run("depth_add_backward", first, Form(0.0, eps), first.numel() // max(width, 1), width, 1, 0, None, None, w, None,
+         None, None, None, stats, None, None, None, dw, None, [first, given[0], given[1] if len(given) > 1 else None, made],
+         )  # fmt: skip
+    return made, dw
+
+
+def _run(
+    name: str, first: Tensor, form: Form, tokens: int, width: int, sources: int, queries: int, *tensors: object
+) -> None:
+    """One call; `tensors` are the fields of `struct call` from `query` on, the table of rows last."""
+    *fields, table = tensors
+    threads = 1
+    if not _forked:
+        threads = max(1, min(torch.get_num_threads(), tokens, tokens * width * (sources + queries) // SHARE))
+    addresses = [0 if t is None else t.data_ptr() for t in (*fields, *table)]  # type: ignore[attr-defined, misc]
+    call = struct.pack(
+        f"6q3d{len(addresses)}q",
+        tokens, width, sources, queries, threads, form.norm_eps is not None,
+        form.eps, form.scale, form.norm_eps or 0.0, *addresses,
+    )  # fmt: skip
+    if getattr(library(first.dtype), name)(call):
+        raise MemoryError(f"the native backend found no memory for sums of {queries + 1} x {width} numbers a thread")
