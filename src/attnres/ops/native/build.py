@@ -1,8 +1,8 @@
 """The C sources as a library: compiled at first use with the system's compiler, then kept in the user's cache.
 
 A cache may be shared by unlike machines, so a library's name is a hash of all that it depends on: source, flags,
-compiler, the processor's features. Its last bytes are a hash of the others: a file that is not whole is not loaded. Where
-the cache cannot be used, each process compiles its own; where nothing can be compiled, the reason is what comes back.
+compiler, the processor's features. Its last bytes are a hash of the others: a file that is not whole is not loaded.
+Where the cache cannot be used, each process compiles its own; where nothing can be compiled, the reason is what comes back.
 """
 
 import ctypes
@@ -66,7 +66,8 @@ def _cached_or_compiled(*names: str) -> ctypes.CDLL | str:
             start = time.perf_counter()
             fresh = Path(scratch, name)
             if reason := _compile(compiler, names, fresh):
-                return f"the native backend could not be compiled with {shlex.join(compiler)} ({reason}); name another in CC"
+                tried = shlex.join(compiler)
+                return f"the native backend could not be compiled with {tried} ({reason}); name another in CC"
             seconds = time.perf_counter() - start
             kept = None
             if folder is not None:

@@ -41,7 +41,7 @@ class Form(NamedTuple):
 
 class ReadResult(NamedTuple):
     """outs: S reads, None for what is a view of the only source; lse: [S, ...]; stats: what the backward
-    pass needs, [..., weights S x rows, logits S x rows, n + 1 reciprocal roots]; total: the first source with addend."""
+    pass needs, [..., weights S x rows, logits S x rows, n + 1 reciprocal roots]; total: first source + addend."""
 
     outs: list[Tensor | None]
     lse: Tensor | None
@@ -109,8 +109,8 @@ def read(
     if form.phase_1 and n == 1:
         outs = [out if i == 0 and form.norm_eps is not None else None for i, out in enumerate(outs)]
     table = [*given[:all_rows], *outs]
-    _run("depth_read", first, form, tokens, width, n, queries, q, g, w, earlier, given[-1] if total is not None else None,
-         total, lse, stats, None, None, None, None, None, table)  # fmt: skip
+    _run("depth_read", first, form, tokens, width, n, queries, q, g, w, earlier,
+         given[-1] if total is not None else None, total, lse, stats, None, None, None, None, None, table)  # fmt: skip
     return ReadResult(outs, lse, stats, total)
 
 
@@ -173,8 +173,8 @@ def add_norm_backward(
     w = numbers(weight, first, width)
     dw, made = None if w is None else torch.empty_like(w), torch.empty_like(first)
     _run("depth_add_backward", first, Form(0.0, eps), first.numel() // max(width, 1), width, 1, 0, None, None, w, None,
-         None, None, None, stats, None, None, None, dw, None, [first, given[0], given[1] if len(given) > 1 else None, made],
-         )  # fmt: skip
+         None, None, None, stats, None, None, None, dw, None, 
+         [first, given[0], given[1] if len(given) > 1 else None, made])  # fmt: skip
     return made, dw
 
 
