@@ -2,7 +2,8 @@
 
 A cache may be shared by unlike machines, so a library's name is a hash of all that it depends on: source, flags,
 compiler, the processor's features. Its last bytes are a hash of the others: a file that is not whole is not loaded.
-Where the cache cannot be used, each process compiles its own; where nothing can be compiled, the reason is what comes back.
+Where the cache cannot be used, each process compiles its own; where nothing can be compiled, the reason is what comes
+back.
 """
 
 import ctypes
