@@ -164,11 +164,40 @@ def test_a_source_twice_and_a_graph_twice():
         torch.testing.assert_close(found, torch.autograd.grad(want, source, retain_graph=True))
 
 
-def test_a_second_derivative_is_refused():
+@pytest.mark.parametrize("normed", [True, False])
+def test_second_derivatives_are_the_references(normed):
     leaves = draw(2, (3,), 5)
-    for x in (NATIVE.read_norm(leaves[0][0], leaves[5:], None, 1e-3), NATIVE.rms_norm(leaves[5], (None, 1e-3))):
-        with pytest.raises(RuntimeError, match="no second derivatives"):
-            torch.autograd.grad(x.sum(), leaves[5], create_graph=True)
+
+    def second(backend):
+        first = torch.autograd.grad(
+            sum(r.square().sum() for r in everything(backend, *leaves, normed=normed)), leaves, create_graph=True
+        )
+        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+    torch.testing.assert_close(second(NATIVE), second(Reference()))
+
+
+def test_many_gradients_at_once():
+    leaves = draw(2, (3,), 5)
+    x = NATIVE.read_norm(leaves[0][0], leaves[5:], None, 1e-3)
+    _, y = NATIVE.add_norm(x, leaves[4], norm=(leaves[2], 1e-3))
+    directions = torch.randn(4, *y.shape, dtype=y.dtype)
+    found = torch.autograd.grad(y, leaves[2:], directions, retain_graph=True, is_grads_batched=True, allow_unused=True)
+    for i, direction in enumerate(directions):
+        want = torch.autograd.grad(y, leaves[2:], direction, retain_graph=True, allow_unused=True)
+        torch.testing.assert_close([f[i] for f in found if f is not None], [w for w in want if w is not None])
+
+
+def test_transformed_functions_are_left_to_pytorch():
+    a, b, w = torch.randn(3, 5), torch.randn(3, 5), torch.rand(5)
+    loss = lambda a, b, w: ops.add_norm(a, b, norm=(w, 1e-3))[1].square().sum()  # noqa: E731
+    leaves = [t.clone().requires_grad_() for t in (a, b, w)]
+    want = torch.autograd.grad(loss(*leaves), leaves)
+    torch.testing.assert_close(torch.func.grad(loss, argnums=(0, 1, 2))(a, b, w), want)
+    _, along = torch.func.jvp(loss, (a, b, w), (a, b, w))
+    torch.testing.assert_close(along, sum((g * t).sum() for g, t in zip(want, (a, b, w), strict=True)))
+    rows = torch.func.vmap(lambda a, b: ops.add_norm(a, b, norm=(w, 1e-3))[1])(a, b)
+    torch.testing.assert_close(rows, ops.add_norm(a, b, norm=(w, 1e-3))[1])
 
 
 def test_checkpointing_and_autocast():
@@ -200,11 +229,57 @@ def test_threads_agree_and_a_fork_has_one():
         torch.set_num_threads(before)
 
 
+def test_a_fork_of_a_process_without_threads_may_have_many():
+    """As the workers of a fork server are."""
+    script = """if True:
+        import os, signal, torch
+        from attnres import ops
+        from attnres.ops.native import library
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)
+            torch.set_num_threads(2)
+            rows = torch.ones(999, 64)
+            ops.add_norm(rows, rows, norm=(None, 1e-6))
+            os._exit(int(library._threads_lost))
+        assert os.waitpid(child, 0)[1] == 0
+        """
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 def test_what_does_not_fit_is_named():
-    with torch.no_grad(), pytest.raises(ValueError, match=r"one shape and dtype; torch.float32 \[2, 3\] meets"):
-        NATIVE.read_norm(torch.zeros(3), [torch.zeros(2, 3), torch.zeros(1, 3)], None, 1e-6)
-    with torch.no_grad(), pytest.raises(ValueError, match="expects 3 numbers"):
-        NATIVE.read_norm(torch.zeros(3), [torch.zeros(2, 3)], torch.ones(4), 1e-6)
+    """Without gradients too, where the doors of `ops` check less."""
+    row, wide = torch.zeros(2, 6), torch.zeros(6)
+    turned = torch.zeros(6, 2)  # as many numbers, another shape
+    norm = (torch.zeros(2, 3), 1e-6)
+    with torch.no_grad():
+        for read in (
+            lambda: NATIVE.read_norm(wide, [row, torch.zeros(1, 6)], None, 1e-6),
+            lambda: NATIVE.read_norm(wide, [row, turned], None, 1e-6),
+            lambda: NATIVE.merge_norm(wide, row, turned, None, row, torch.zeros(2), 1e-6),
+            lambda: NATIVE.merge_norm(wide, None, row, None, turned, torch.zeros(2), 1e-6),
+            lambda: NATIVE.add_norm(row, turned, norm=(None, 1e-6)),
+        ):
+            with pytest.raises(ValueError, match=r"one shape and dtype; torch.float32 \[.*\] meets"):
+                read()
+        for read in (
+            lambda: NATIVE.read_norm(wide, [row], torch.ones(4), 1e-6),
+            lambda: NATIVE.read_norm(torch.zeros(2, 3), [row], None, 1e-6),
+            lambda: NATIVE.read_norm(wide, [row], torch.ones(1, 6), 1e-6),
+            lambda: NATIVE.read_norm(wide, [row], None, 1e-6, norm=norm),
+            lambda: NATIVE.add_norm(row, row, norm=norm),
+            lambda: NATIVE.inter_block(torch.zeros(3, 4), [row], None, 1e-6),
+            lambda: NATIVE.merge_norm(wide, None, row, None, row, torch.zeros(1, 2), 1e-6),
+        ):
+            with pytest.raises(ValueError, match="expects numbers"):
+                read()
+
+
+def test_memory_that_was_freed_is_not_read():
+    row = torch.zeros(2, 3)
+    row.untyped_storage().resize_(0)
+    with torch.no_grad(), pytest.raises(ValueError, match="freed"):
+        NATIVE.add_norm(row, torch.zeros(2, 3), norm=(None, 1e-6))
 
 
 def test_it_serves_plain_tensors_that_nobody_records():

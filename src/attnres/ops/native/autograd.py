@@ -1,12 +1,21 @@
-"""Gradients of the calls into C. Sources are handed on: a source's gradient runs through its readers as a chain."""
+"""Gradients of the calls into C. Sources are handed on: a source's gradient runs through its readers as a chain.
 
+A backward pass that is itself to be differentiated, or vectorised, is made by the formulas instead.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..reference import Reference
 from . import library
 from .library import Form
+
+_TRUTH = Reference()
 
 
 class Read(torch.autograd.Function):
@@ -42,10 +51,13 @@ class Read(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        _refuse_a_graph()
         query, key_norm, weight, prior, prior_lse, stats, *sources = ctx.saved_tensors
         count = ctx.count
         later = gradients[count + 2 :] or [None] * len(sources)
+        if _beyond_c(*gradients):
+            given = (query, key_norm, weight, prior, prior_lse, *sources)
+            slow = _by_formulas(partial(_reads, ctx.form), given, [*gradients[: count + 1], *later])
+            return None, None, *slow[:5], slow[5] if ctx.added else None, *slow[5:]
         made = library.read_backward(
             ctx.form,
             query,
@@ -89,8 +101,12 @@ class AddNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dtotal: Tensor | None, dx: Tensor | None) -> tuple[Any, ...]:
-        _refuse_a_graph()
         total, weight, stats = ctx.saved_tensors
+        if _beyond_c(dtotal, dx):
+            made, dweight = _by_formulas(
+                lambda h, w: [h, _TRUTH.rms_norm(h, (w, ctx.eps))], (total, weight), (dtotal, dx)
+            )
+            return made if ctx.added else None, made, dweight, None
         if dx is None:
             return dtotal if ctx.added else None, dtotal, None, None
         made, dweight = library.add_norm_backward(total, weight, stats, dx, dtotal, ctx.eps)
@@ -101,9 +117,38 @@ def _like(gradient: Tensor | None, tensor: Tensor | None) -> Tensor | None:
     return None if gradient is None or tensor is None else gradient.view_as(tensor).to(tensor.dtype)
 
 
-def _refuse_a_graph() -> None:
-    """Raises RuntimeError in a backward pass that is to be differentiated: its results would count as constants."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "the native backend has no second derivatives (create_graph=True); call ops.set_backend('reference') first"
-        )
+def _beyond_c(*gradients: Tensor | None) -> bool:
+    """Whether a graph of the backward pass is wanted, or many gradients go through it at once (`vmap`)."""
+    return torch.is_grad_enabled() or any(
+        t is not None and library.plain(t) and not torch._C._has_storage(t) for t in gradients
+    )
+
+
+def _reads(
+    form: Form, query: Tensor, key_norm: Tensor | None, weight: Tensor | None, prior: Tensor | None,
+    prior_lse: Tensor | None, *sources: Tensor,
+) -> list[Tensor]:  # fmt: skip
+    """What `Read` returns, but for the statistics."""
+    norm = None if form.norm_eps is None else (weight, form.norm_eps)
+    if form.phase_1:
+        outs, lses, _ = _TRUTH.inter_block_chained(query, sources, key_norm, form.eps, norm=norm)
+        return [*outs, torch.stack(lses), *sources]
+    before = None if prior is None or prior_lse is None else (prior, prior_lse)
+    out = _TRUTH.read_norm(query, sources, key_norm, form.eps, scale=form.scale, norm=norm, prior=before)
+    return [out, query, *sources]  # the query stands for a log-sum-exp, which has no gradient
+
+
+def _by_formulas(
+    formulas: Callable[..., Sequence[Tensor]], given: Sequence[Tensor | None], gradients: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """The gradients of what is given, as results of operations of PyTorch."""
+    with torch.enable_grad():
+        apart = [None if t is None else t.view_as(t) for t in given]  # one of them may have been made from another
+        results = [
+            (r, g) for r, g in zip(formulas(*apart), gradients, strict=True) if g is not None and r.requires_grad
+        ]
+        wanted = [t for t in apart if t is not None and t.requires_grad]
+        outs, into = [r for r, _ in results], [g for _, g in results]
+        made = torch.autograd.grad(outs, wanted, into, create_graph=True, allow_unused=True) if outs else repeat(None)
+    found = iter(made)
+    return [next(found) if t is not None and t.requires_grad else None for t in apart]

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from ..autograd import differentiates
@@ -28,8 +30,11 @@ class Native(Backend):
             return f"the native backend takes bfloat16, float16, float32 and float64; sources are {source.dtype}"
         if not plain(source):
             return f"the native backend takes plain tensors; sources are {type(source).__name__}s"
-        if torch.compiler.is_compiling() or _len_torch_dispatch_stack() or torch.jit.is_tracing():
-            return "something records operations of PyTorch, which the native backend does not consist of"
+        if (
+            torch.compiler.is_compiling() or _len_torch_dispatch_stack() or torch.jit.is_tracing()
+            or peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+        ):  # fmt: skip
+            return "something records or transforms operations of PyTorch, which the native backend does not consist of"
         made = compiled(source.dtype)
         return made if isinstance(made, str) else None
 
@@ -38,7 +43,7 @@ class Native(Backend):
     ) -> tuple[Tensor, Tensor]:
         """The weights are without gradient."""
         h, _, stats, *_ = _read(Form(eps, scale=scale), query, sources, key_norm, keep=True)
-        return h, stats[..., : len(sources)].movedim(-1, 0)
+        return h, stats[..., : len(sources)].softmax(-1).movedim(-1, 0)
 
     def inter_block(
         self, queries: Tensor, sources: Sequence[Tensor], key_norms: Tensor | None, eps: float

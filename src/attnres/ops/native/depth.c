@@ -228,16 +228,34 @@ static void carry(REAL *restrict sums, REAL *restrict recent, int64_t size)
 }
 
 /* Bytes of scratch a thread: the sums (queries and norm's weight), recent ones, a row for h and one, dh, for each query,
-   and five numbers for each row and query. */
+   and some numbers for each row and query. */
 static size_t scratch_bytes(const struct call *call)
 {
     size_t numbers = call->width * (3 * call->queries + 4) + (call->sources + 1) * (3 * call->queries + 3);
     return (numbers * sizeof(REAL) + 63) / 64 * 64;
 }
 
-/* A token's numbers for the backward pass: weights and logits of each query and row, reciprocal roots of the sources and
-   of what the norm was given. */
-#define STATS(call, rows) (2 * (rows) * (call)->queries + (call)->sources + 1)
+/* A token's numbers for the backward pass: logits of each query and source, reciprocal roots of the sources and of what
+   the norm was given. */
+#define STATS(call) ((call)->sources * ((call)->queries + 1) + 1)
+
+/* The softmax of n logits and of the prior's, if there is one, behind them, and their log-sum-exp. */
+static void softmax(const REAL *logits, int64_t n, const REAL *prior, REAL *weights, REAL *lse)
+{
+    REAL top = prior ? *prior : -INFINITY, mass = 0;
+    for (int64_t i = 0; i < n; i++)
+        top = logits[i] > top ? logits[i] : top;
+    EACH for (int64_t i = 0; i < n; i++)
+        weights[i] = EXP(logits[i] - top);
+    if (prior)
+        weights[n++] = EXP(*prior - top);
+    for (int64_t i = 0; i < n; i++)
+        mass += weights[i];
+    for (int64_t i = 0; i < n; i++)
+        weights[i] /= mass;
+    if (lse)
+        *lse = top + LOG(mass);
+}
 
 static void read_tokens(const struct call *call, const REAL *query, int64_t first, int64_t last, void *scratch)
 {
@@ -245,7 +263,7 @@ static void read_tokens(const struct call *call, const REAL *query, int64_t firs
     const REAL *weight = call->weight, *prior_lse = call->prior_lse;
     const REAL eps = call->eps, scale = call->scale;
     void *const *results = call->rows + all;
-    REAL *h = scratch, *dots = h + width, *squares = dots + all, *kept = squares + all;
+    REAL *h = scratch, *squares = h + width, *weights = squares + n, *kept = weights + all;
     const ELEMENT *rows[all];
     for (int64_t t = first; t < last; t++) {
         for (int64_t i = 0; i < all; i++)
@@ -257,29 +275,19 @@ static void read_tokens(const struct call *call, const REAL *query, int64_t firs
                 total[d] = STORE(LOAD(a[d]) + LOAD(b[d]));
             rows[0] = total;
         }
-        REAL *stats = call->stats ? (REAL *)call->stats + t * STATS(call, all) : kept;
-        REAL *roots = stats + 2 * all * queries;
+        REAL *stats = call->stats ? (REAL *)call->stats + t * STATS(call) : kept, *roots = stats + queries * n;
         for (int64_t l = 0; l < queries; l++) {
-            REAL *weights = stats + l * all, *logits = stats + (queries + l) * all;
+            REAL *logits = stats + l * n;
             if (l == 0) {
-                dots_and_squares(rows, n, query, width, dots, squares);
+                dots_and_squares(rows, n, query, width, logits, squares);
                 for (int64_t i = 0; i < n; i++)
                     roots[i] = 1 / (REAL)sqrt(squares[i] / width + eps);
             } else
-                dot_products(rows, n, query + l * width, width, dots);
-            REAL top = -INFINITY, mass = 0;
-            for (int64_t i = 0; i < all; i++) {
-                logits[i] = i < n ? dots[i] * roots[i] : prior_lse[t];
-                top = logits[i] > top ? logits[i] : top;
-            }
-            EACH for (int64_t i = 0; i < all; i++)
-                weights[i] = EXP(logits[i] - top);
-            for (int64_t i = 0; i < all; i++)
-                mass += weights[i];
-            for (int64_t i = 0; i < all; i++)
-                weights[i] /= mass;
-            if (call->lse)
-                ((REAL *)call->lse)[l * call->tokens + t] = top + LOG(mass);
+                dot_products(rows, n, query + l * width, width, logits);
+            for (int64_t i = 0; i < n; i++)
+                logits[i] *= roots[i];
+            softmax(logits, n, prior_lse ? prior_lse + t : NULL, weights,
+                    call->lse ? (REAL *)call->lse + l * call->tokens + t : NULL);
             if (!results[l])
                 continue;
             memset(h, 0, width * sizeof(REAL));
@@ -298,19 +306,21 @@ static void read_tokens(const struct call *call, const REAL *query, int64_t firs
 static void read_tokens_backward(const struct call *call, const REAL *query, int64_t first, int64_t last, void *scratch)
 {
     const int64_t width = call->width, n = call->sources, queries = call->queries, all = n + (call->prior_lse != NULL);
-    const REAL *weight = call->weight;
+    const REAL *weight = call->weight, *prior_lse = call->prior_lse;
     const REAL scale = call->scale;
     void *const *gradients = call->rows + all, *const *later = gradients + queries, *const *results = later + n;
     REAL *sums = scratch, *recent = sums + (queries + 1) * width, *h = recent + (queries + 1) * width;
-    REAL *dh = h + width, *along_row = dh + queries * width, *along_query = along_row + all, *shares = along_query + all * queries;
+    REAL *dh = h + width, *along_row = dh + queries * width, *along_query = along_row + all, *shares = along_query + all * queries,
+         *gains = shares + all * queries;
     const ELEMENT *rows[all];
     for (int64_t t = first; t < last; t++) {
         for (int64_t i = 0; i < all; i++)
             rows[i] = ROW(call->rows[i], t), along_row[i] = 0;
-        const REAL *stats = (const REAL *)call->stats + t * STATS(call, all), *roots = stats + 2 * all * queries;
+        const REAL *stats = (const REAL *)call->stats + t * STATS(call), *roots = stats + queries * n;
         for (int64_t l = 0; l < queries; l++) {
-            const REAL *weights = stats + l * all, *logits = stats + (queries + l) * all;
-            REAL *dx = dh + l * width, *share = shares + l * all, *along = along_query + l * all;
+            const REAL *logits = stats + l * n;
+            REAL *dx = dh + l * width, *weights = shares + l * all, *along = along_query + l * all;
+            softmax(logits, n, prior_lse ? prior_lse + t : NULL, weights, NULL);
             if (!gradients[l])
                 memset(dx, 0, width * sizeof(REAL));
             else if (l == 0 && call->norm) {
@@ -322,13 +332,12 @@ static void read_tokens_backward(const struct call *call, const REAL *query, int
                 EACH for (int64_t d = 0; d < width; d++)
                     dx[d] = LOAD(row[d]) * scale;
             }
-            dot_products(rows, all, dx, width, share); /* the gradients of the weights */
+            dot_products(rows, all, dx, width, gains); /* the gradients of the weights */
             REAL mean = call->dlse ? -((const REAL *)call->dlse)[l * call->tokens + t] : 0;
             for (int64_t i = 0; i < all; i++)
-                mean += weights[i] * share[i];
+                mean += weights[i] * gains[i];
             for (int64_t i = 0; i < all; i++) {
-                REAL dlogit = weights[i] * (share[i] - mean);
-                share[i] = weights[i];
+                REAL dlogit = weights[i] * (gains[i] - mean);
                 if (i == n) {
                     ((REAL *)call->dprior_lse)[t] = dlogit;
                     break;

@@ -1,13 +1,13 @@
 """Calls into the library: tensors as addresses, and nothing that PyTorch would do for microseconds.
 
-Rows are made contiguous, parameters come in the dtype of statistics, and sizes are compared once more: the C code would
-read beyond a tensor's end. `Form` is what of a read is no tensor.
+Rows are made contiguous, parameters come in the dtype of statistics, and shapes are compared once more: the C code
+would read beyond a tensor's end. `Form` is what of a read is no tensor.
 """
 
 import os
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,16 +18,28 @@ from .build import library
 SHARE = 1 << 15
 """Elements of the rows from which a further thread pays."""
 
-_forked = False
+_PLAIN = {Tensor, torch.nn.Parameter}
+
+_threads_lost = False
+"""Whether OpenMP may wait for threads that this process, a fork, does not have."""
+_had_threads = False
+
+
+def _before_fork() -> None:
+    global _had_threads
+    try:
+        _had_threads = len(os.listdir("/proc/self/task")) > 1
+    except OSError:
+        _had_threads = True
 
 
 def _after_fork() -> None:
-    global _forked
-    _forked = True
+    global _threads_lost
+    _threads_lost = _threads_lost or _had_threads
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
 
 
 class Form(NamedTuple):
@@ -40,8 +52,8 @@ class Form(NamedTuple):
 
 
 class ReadResult(NamedTuple):
-    """outs: S reads, None for what is a view of the only source; lse: [S, ...]; stats: what the backward
-    pass needs, [..., weights S x rows, logits S x rows, n + 1 reciprocal roots]; total: first source + addend."""
+    """outs: S reads, None for what is a view of the only source; lse: [S, ...]; stats: what the backward pass needs,
+    [..., logits S x n and n + 1 reciprocal roots]; total: first source + addend."""
 
     outs: list[Tensor | None]
     lse: Tensor | None
@@ -51,39 +63,46 @@ class ReadResult(NamedTuple):
 
 def plain(tensor: Tensor) -> bool:
     """Whether a tensor is what it seems: a subclass may have its data elsewhere or none at all."""
-    return type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
+    return type(tensor) in _PLAIN
 
 
 def rows(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The tensors with rows one after the other. Raises ValueError unless they agree."""
     first = tensors[0]
-    numel, dtype = first.numel(), first.dtype
+    shape, dtype = first.shape, first.dtype
     made = []
     for tensor in tensors:
-        if not plain(tensor):
+        if type(tensor) not in _PLAIN:
             tensor = tensor.clone()  # a collective's result waits for its data here
-        if tensor.numel() != numel or tensor.dtype != dtype or not tensor.is_cpu or not plain(tensor):
+        if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_cpu or type(tensor) not in _PLAIN:
             raise ValueError(
-                f"the native backend takes plain CPU tensors of one shape and dtype; {dtype} {list(first.shape)} meets "
+                f"the native backend takes plain CPU tensors of one shape and dtype; {dtype} {list(shape)} meets "
                 f"{type(tensor).__name__} {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
             )
         made.append(tensor if tensor.is_contiguous() else tensor.contiguous())
     return made
 
 
-def numbers(tensor: Tensor | None, like: Tensor, count: int) -> Tensor | None:
-    """A parameter or statistic in the dtype of statistics for rows like `like`. Raises ValueError unless it has `count`
-    numbers."""
+def numbers(tensor: Tensor | None, dtype: torch.dtype, shape: Sequence[int]) -> Tensor | None:
+    """A parameter or statistic in `dtype`, that of statistics. Raises ValueError unless it has the shape."""
     if tensor is None:
         return None
-    if tensor.numel() != count or not tensor.is_cpu:
-        raise ValueError(f"the native backend expects {count} numbers on the CPU; it got {list(tensor.shape)}")
-    dtype = statistics_dtype(like.dtype)
-    if not plain(tensor):
+    if tensor.shape != shape or not tensor.is_cpu:
+        raise ValueError(
+            f"the native backend expects numbers {list(shape)} on the CPU; it got {list(tensor.shape)} on "
+            f"{tensor.device}"
+        )
+    if type(tensor) not in _PLAIN:
         tensor = tensor.clone()
     if tensor.dtype != dtype:
         tensor = tensor.to(dtype)
     return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
+def _sizes(first: Tensor, query: Tensor) -> tuple[int, int, int, torch.dtype]:
+    """(tokens, width, queries, dtype of statistics) of a read; queries are [D] or [S, D]."""
+    width = first.shape[-1]
+    return first.numel() // max(width, 1), width, 1 if query.dim() == 1 else len(query), statistics_dtype(first.dtype)
 
 
 def read(
@@ -95,20 +114,17 @@ def read(
     n = len(sources)
     given = rows([*sources, *(t for t in (prior, addend) if t is not None)])
     first = given[0]
-    width = first.shape[-1]
-    tokens = first.numel() // max(width, 1)
-    queries = query.numel() // max(width, 1)
-    q, g = numbers(query, first, queries * width), numbers(key_norm, first, queries * width)
-    w, earlier = numbers(weight, first, width), numbers(prior_lse, first, tokens)
-    dtype, leading = statistics_dtype(first.dtype), first.shape[:-1]
+    tokens, width, queries, dtype = _sizes(first, query)
+    shape, leading = (width,) if query.dim() == 1 else (queries, width), first.shape[:-1]
+    q, g = numbers(query, dtype, shape), numbers(key_norm, dtype, shape)
+    w, earlier = numbers(weight, dtype, (width,)), numbers(prior_lse, dtype, leading)
     total = torch.empty_like(first) if addend is not None else None
     lse = first.new_empty((queries, *leading), dtype=dtype) if form.phase_1 else None
-    all_rows = n + (prior is not None)
-    stats = first.new_empty((*leading, 2 * all_rows * queries + n + 1), dtype=dtype) if keep else None
+    stats = first.new_empty((*leading, n * (queries + 1) + 1), dtype=dtype) if keep else None
     outs: list[Tensor | None] = [torch.empty_like(first) for _ in range(queries)]
     if form.phase_1 and n == 1:
         outs = [out if i == 0 and form.norm_eps is not None else None for i, out in enumerate(outs)]
-    table = [*given[:all_rows], *outs]
+    table = [*given[: n + (prior is not None)], *outs]
     _run("depth_read", first, form, tokens, width, n, queries, q, g, w, earlier,
          given[-1] if total is not None else None, total, lse, stats, None, None, None, None, None, table)  # fmt: skip
     return ReadResult(outs, lse, stats, total)
@@ -134,17 +150,17 @@ def read_backward(
     first = given[0]
     left = iter(rows([first, *(t for t in (*douts, *later) if t is not None)])[1:])
     gradients = [None if t is None else next(left) for t in (*douts, *later)]
-    width = first.shape[-1]
-    tokens, queries = first.numel() // max(width, 1), len(douts)
-    q, g = numbers(query, first, queries * width), numbers(key_norm, first, queries * width)
-    w, earlier = numbers(weight, first, width), numbers(prior_lse, first, tokens)
+    tokens, width, queries, dtype = _sizes(first, query)
+    q, g = numbers(query, dtype, query.shape), numbers(key_norm, dtype, query.shape)
+    w, earlier = numbers(weight, dtype, (width,)), numbers(prior_lse, dtype, first.shape[:-1])
     assert q is not None
     dq, dg = torch.empty_like(q), None if g is None else torch.empty_like(g)
     dw = None if w is None else torch.empty_like(w)
     dearlier = None if earlier is None else torch.empty_like(earlier)
     made = [torch.empty_like(first) for _ in given]
     _run("depth_read_backward", first, form, tokens, width, n, queries, q, g, w, earlier, None, None, None, stats,
-         numbers(dlse, first, queries * tokens), dq, dg, dw, dearlier, [*given, *gradients, *made])  # fmt: skip
+         numbers(dlse, dtype, (queries, *first.shape[:-1])), dq, dg, dw, dearlier,
+         [*given, *gradients, *made])  # fmt: skip
     return ReadGradients(dq, dg, dw, None if prior is None else made[-1], dearlier, made[:n])
 
 
@@ -158,9 +174,10 @@ def add_norm(
     total = None if stream is None else torch.empty_like(first)
     x = torch.empty_like(first)
     stats = first.new_empty(first.shape[:-1], dtype=statistics_dtype(first.dtype)) if keep else None
-    _run("depth_add", first, Form(0.0, eps), first.numel() // max(width, 1), width, 1, 0, None, None,
-         numbers(weight, first, width), None, given[-1] if total is not None else None, total, None, stats,
-         None, None, None, None, None, [first, x])  # fmt: skip
+    w = numbers(weight, statistics_dtype(first.dtype), (width,))
+    _run("depth_add", first, Form(0.0, eps), first.numel() // max(width, 1), width, 1, 0, None, None, w, None,
+         given[-1] if total is not None else None, total, None, stats, None, None, None, None, None,
+         [first, x])  # fmt: skip
     return first if total is None else total, x, stats
 
 
@@ -170,23 +187,26 @@ def add_norm_backward(
     """(gradient of the sum and so of what was added, of the weight)."""
     first, *given = rows([total, dx] if dtotal is None else [total, dx, dtotal])
     width = first.shape[-1]
-    w = numbers(weight, first, width)
+    w = numbers(weight, statistics_dtype(first.dtype), (width,))
     dw, made = None if w is None else torch.empty_like(w), torch.empty_like(first)
     _run("depth_add_backward", first, Form(0.0, eps), first.numel() // max(width, 1), width, 1, 0, None, None, w, None,
-         None, None, None, stats, None, None, None, dw, None, 
+         None, None, None, stats, None, None, None, dw, None,
          [first, given[0], given[1] if len(given) > 1 else None, made])  # fmt: skip
     return made, dw
 
 
 def _run(
-    name: str, first: Tensor, form: Form, tokens: int, width: int, sources: int, queries: int, *tensors: object
+    name: str, first: Tensor, form: Form, tokens: int, width: int, sources: int, queries: int, *tensors: Any
 ) -> None:
     """One call; `tensors` are the fields of `struct call` from `query` on, the table of rows last."""
     *fields, table = tensors
     threads = 1
-    if not _forked:
+    if not _threads_lost:
         threads = max(1, min(torch.get_num_threads(), tokens, tokens * width * (sources + queries) // SHARE))
-    addresses = [0 if t is None else t.data_ptr() for t in (*fields, *table)]  # type: ignore[attr-defined, misc]
+    given = (*fields, *table)
+    addresses = [0 if t is None else t.data_ptr() for t in given]
+    if tokens and width and addresses.count(0) > given.count(None):
+        raise ValueError("the native backend was given a tensor whose memory has been freed")
     call = struct.pack(
         f"6q3d{len(addresses)}q",
         tokens, width, sources, queries, threads, form.norm_eps is not None,
