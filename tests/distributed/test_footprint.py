@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from attnres import ops
 from attnres.model import DecoderConfig
 from attnres.model.layers.experts import MixtureOfExperts
+from attnres.ops import dispatch
 from attnres.parallel import experts as expert_parallel
 from attnres.parallel import mesh as meshes
 from attnres.parallel import pipeline
@@ -18,6 +19,7 @@ from attnres.parallel.part import ModelPart
 from attnres.parallel.pipeline import Layout
 from attnres.plan.kept import footprints
 
+from ..ops.native import require_native
 from .plans import BF16, FP32, shape
 
 
@@ -136,10 +138,18 @@ def test_tensor_parallel_processes_keep_their_share(kernels, world, residual, op
 
 
 @pytest.mark.parametrize(("residual", "options"), MECHANISMS)
-def test_the_eager_backend_keeps_at_most_half_more(residual, options):
+@pytest.mark.parametrize(("backend", "least", "most"), [("eager", 1, 1.5), ("native", 0.99, 1)])
+def test_the_eager_backend_keeps_at_most_half_more_and_the_native_one_no_more(
+    backend, least, most, residual, options, monkeypatch
+):
+    """A native read keeps a number a token less than planned."""
+    if backend == "native":
+        require_native()
     config, cuts = shape(residual, layers=8, residual_options=options, intermediate_size=48), [0, 3, 6, 8]
-    for index, size in enumerate(footprints(config, cuts, (2, 8, 16), FP32)):
-        assert size.kept <= bytes_kept(config, cuts, index, FP32) <= 1.5 * size.kept
+    sizes = footprints(config, cuts, (2, 8, 16), FP32)
+    monkeypatch.setattr(dispatch, "_choice", backend)
+    for index, size in enumerate(sizes):
+        assert least * size.kept <= bytes_kept(config, cuts, index, FP32) <= most * size.kept
 
 
 def test_checkpointing_keeps_a_tensor_a_transformer_block_and_computes_one_at_a_time():
