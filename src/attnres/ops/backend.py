@@ -15,6 +15,9 @@ from .formulas import Norm, Prior, scaled_norm
 
 
 class Backend(ABC):
+    two_phase_pays = False
+    """Whether one phase 1 a block costs less than its layers' reads, in training too."""
+
     def declines(self, source: Tensor, num_sources: int) -> str | None:
         """Why it cannot serve a call with so many sources like `source`, in a sentence; None where it can."""
         return None

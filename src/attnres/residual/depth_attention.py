@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..errors import UsageError
 from ..ops import formulas
+from ..ops.dispatch import select
 from .base import Residual, State, normed, split_scaled
 from .weighing import Weighing
 
@@ -119,12 +120,13 @@ class DepthAttention(Residual):
         return self.weighing.inverse_mean(num_sources) if self.stream_scale else 1.0
 
     def two_phase(self, tensor: Tensor) -> bool:
-        """Whether phase 1 serves a whole block. On CPUs it pays without gradients, unless a compiler fuses the single
-        reads; a lean state cannot carry its results, whatever the schedule."""
+        """Whether phase 1 serves a whole block. On CPUs it pays in C, and without gradients unless a compiler fuses the
+        single reads; a lean state cannot carry its results, whatever the schedule."""
         if self.lean or not self.fused:
             return False
         if self.schedule == "auto":
-            return tensor.is_cuda or not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+            recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
+            return tensor.is_cuda or not recorded or select(tensor).two_phase_pays
         return self.schedule == "two_phase"
 
     def single_read(

@@ -23,6 +23,8 @@ from .library import Form, plain
 
 
 class Native(Backend):
+    two_phase_pays = True
+
     def declines(self, source: Tensor, num_sources: int) -> str | None:
         if not source.is_cpu:
             return f"the native backend takes tensors on a CPU; sources are on {source.device.type}"

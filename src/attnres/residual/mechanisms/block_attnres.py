@@ -55,7 +55,7 @@ class BlockAttnRes(DepthAttention):
         stream_scale: multiply each read by its number of sources. At zero queries a read is then the plain residual sum
             itself and not its mean, so that the eps of the norm that follows never bites (the decoder's default).
         schedule: "layerwise"; "two_phase" unless the state must stay lean; or "auto": two-phase on CUDA and, without
-            gradients, on CPUs, again unless the state must stay lean, else layerwise.
+            gradients or with the native backend, on CPUs, again unless the state must stay lean, else layerwise.
         query: "learned", the pseudo-query w_l; or "input", W_l RMSNorm(v) / D of the newest source v with a D x D
             matrix a layer.
         mixing: "softmax" over the sources; "sigmoid" of each logit alone; or "static", learned scalars without

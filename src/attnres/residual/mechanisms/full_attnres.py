@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ... import ops
@@ -40,8 +41,9 @@ class FullAttnRes(DepthAttention):
         eps: of the key norm.
         stream_scale: multiply each read by its number of sources. At zero queries a read is then the plain residual sum
             itself and not its mean, so that the eps of the norm that follows never bites (the decoder's default).
-        schedule: "layerwise"; "two_phase" unless the state must stay lean; or "auto": two-phase on CUDA unless the
-            state must stay lean or there is a window, else layerwise.
+        schedule: "layerwise"; "two_phase" unless the state must stay lean; or "auto": two-phase on CUDA and, in
+            training with the native backend, on CPUs, unless the state must stay lean or there is a window, else
+            layerwise.
         window: W, attend to the embedding and the last W layer outputs only; None for all.
         query: "learned", the pseudo-query w_l; or "input", W_l RMSNorm(v) / D of the newest source v with a D x D
             matrix a layer.
@@ -113,8 +115,9 @@ class FullAttnRes(DepthAttention):
         return 1 + (layer if self.window is None else min(layer, self.window))
 
     def two_phase(self, tensor: Tensor) -> bool:
-        """Whether phase 1 serves a whole group. On CPUs single reads are faster, without gradients too."""
-        return super().two_phase(tensor) and (self.schedule == "two_phase" or tensor.is_cuda)
+        """Whether phase 1 serves a whole group. On CPUs single reads are faster without gradients."""
+        chosen = self.schedule == "two_phase" or tensor.is_cuda or torch.is_grad_enabled()
+        return chosen and super().two_phase(tensor)
 
     def _opens_group(self, state: FullState, layer: int) -> bool:
         if layer % self.group_size or layer == self.num_layers or self.window is not None:
