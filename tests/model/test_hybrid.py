@@ -70,6 +70,7 @@ def test_checkpointing_gives_identical_gradients_and_counts_tokens_once(name):
     found, loads = [], []
     for enabled in (False, True):
         model = decoder(name)
+        model.residual.schedule = "layerwise"  # as a lean state is read
         model.enable_checkpointing(enabled)
         F.cross_entropy(model(IDS).flatten(0, 1), IDS.flatten()).backward()
         found.append([parameter.grad for parameter in model.parameters()])

@@ -85,7 +85,7 @@ def test_starts_as_the_plain_sum_at_its_scale(name, form):
 
 def test_a_window_as_long_as_the_network_is_none_and_a_short_one_keeps_the_state_small():
     x, layers = torch.randn(4, DIM, dtype=torch.float64), layers_of(6)
-    whole = randomised(residual.build("full_attnres", DIM, 6))
+    whole = randomised(residual.build("full_attnres", DIM, 6, schedule="layerwise"))
     same = randomised(residual.build("full_attnres", DIM, 6, window=6))
     torch.testing.assert_close(run(same, x, layers), run(whole, x, layers), rtol=0, atol=0)
     short = randomised(residual.build("full_attnres", DIM, 6, window=2))
