@@ -32,6 +32,7 @@ VARIANTS = [
     ("full_attnres", {"schedule": "two_phase"}),
     ("block_attnres", {"num_blocks": 2, "schedule": "two_phase"}),
     ("block_attnres", {"num_blocks": 2, "schedule": "auto"}),
+    *(("block_attnres", {"num_blocks": 1, "reads": reads}) for reads in ("transformer_block", 2, "block", "mlp")),
 ]
 TWO_PHASE = [("full_attnres", {"schedule": "two_phase"}), ("block_attnres", {"num_blocks": 2, "schedule": "two_phase"})]
 AS_PRENORM = {"full_attnres", "block_attnres", "laurel", "hyper_connections", "denseformer", "muddformer", "x0_lambdas"}

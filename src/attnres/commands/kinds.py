@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal
+from types import NoneType, UnionType
+from typing import Any, Literal, Union
 
 from ..files import user_path
 
@@ -35,9 +36,13 @@ def kind_of(hint: Any) -> Kind:
     """Of a plain type, a Literal, bool, a tuple, any of these or None, or a class whose `read` takes a text."""
     arguments = typing.get_args(hint)
     if NoneType in arguments:
-        inner = kind_of(next(a for a in arguments if a is not NoneType))
+        inner = kind_of(Union[tuple(a for a in arguments if a is not NoneType)])
         placeholder = "{None}|" + inner.placeholder
         return Kind(placeholder, f"{inner.wanted} or None", lambda t: None if t == "None" else inner.read(t))
+    if arguments and isinstance(hint, UnionType | type(Union[int, str])):
+        kinds = [kind_of(a) for a in arguments]
+        wanted = " or ".join(kind.wanted for kind in kinds)
+        return Kind("|".join(kind.placeholder for kind in kinds), wanted, lambda t: _first(kinds, t))
     if hint is bool or typing.get_origin(hint) is Literal:
         choices = {str(choice): choice for choice in arguments or (True, False)}
         return Kind(f"{{{','.join(choices)}}}", f"one of {', '.join(choices)}", lambda t: _chosen(choices, t))
@@ -55,6 +60,14 @@ def _chosen(choices: dict[str, Any], text: str) -> Any:
     if text not in choices:
         raise ValueError
     return choices[text]
+
+
+def _first(kinds: list[Kind], text: str) -> Any:
+    """By the first kind that can read the text."""
+    for kind in kinds[:-1]:
+        with suppress(ValueError):
+            return kind.read(text)
+    return kinds[-1].read(text)
 
 
 def _items(item: Kind, texts: list[str]) -> tuple[Any, ...]:

@@ -68,18 +68,24 @@ class DepthAttention(Residual):
         for name in self.layer_parameters:
             (nn.init.zeros_ if name in ("pseudo_query", "query_proj") else nn.init.ones_)(getattr(self, name))
 
+    def reads_depth(self, layer: int) -> bool:
+        """Whether `layer` (num_layers: the output read) has a read of its own."""
+        return True
+
     @abstractmethod
     def sources(self, state: State, layer: int) -> tuple[Tensor, ...]:
         """What `layer` (num_layers: the output read) attends over, oldest first; the embedding is always there."""
 
     @abstractmethod
     def num_sources(self, layer: int) -> int:
-        """How many sources that read has."""
+        """How many sources that read has; 0 for a layer without a read."""
 
     def depth_weights(self, state: State, layer: int) -> Tensor:
         """Weights [num_sources, ...] of the read of `layer` (num_layers: the output read); [num_sources, ..., heads]
-        where there are several heads."""
+        where there are several heads; [0, ...] for a layer without a read."""
         sources = self.sources(state, layer)
+        if not self.reads_depth(layer):
+            return sources[0].new_empty(0, *sources[0].shape[:-1])
         if not self.fused:
             return self.attend(layer, sources, 1.0)[1]
         query, key_norm = self.rows(layer)
@@ -114,7 +120,8 @@ class DepthAttention(Residual):
         return folded[row] if last is None else folded[row : last - self.first_layer], None
 
     def read_flops(self, layer: int) -> int:
-        return self.weighing.flops(self.num_sources(layer))
+        # without a read an output is added to a second sum
+        return self.weighing.flops(self.num_sources(layer)) if self.reads_depth(layer) else self.dim
 
     def scale(self, num_sources: int) -> float:
         return self.weighing.inverse_mean(num_sources) if self.stream_scale else 1.0

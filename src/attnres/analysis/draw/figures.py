@@ -166,9 +166,10 @@ def weight_grid(results: dict, residual: str) -> tuple[np.ndarray, np.ndarray]:
     """Depth-attention weights, mean over seeds: grid [L + 1 reads, sources], NaN where a read has no such source,
     and a mask of the same shape that marks partial sums.
 
-    Row i is layer i's read, the last row the output's. Column 0 is the embedding, column n layer n or block n. The
+    Row i is layer i's read, the last row the output's; all NaN where a layer has none. Column 0 is the embedding, column n layer n or block n. The
     partial sum of block n stands in column n, as the finished block does later. Of consecutive reads with equally many
-    sources the last is the first after a block was finished; the others end in a partial sum.
+    sources the last is the first after a block was finished; the others end in a partial sum, all but the output's
+    where the first layer has no read.
 
     Raises:
         UsageError: no run of `residual` has depth weights.
@@ -179,9 +180,10 @@ def weight_grid(results: dict, residual: str) -> tuple[np.ndarray, np.ndarray]:
     lengths = [len(row) for row in seeds[0]]
     grid = np.full((len(lengths), max(lengths)), np.nan)
     partial = np.zeros(grid.shape, dtype=bool)
-    for i, length in enumerate(lengths):
-        grid[i, :length] = np.mean([_numbers(rows[i]) for rows in seeds], axis=0)
-        partial[i, length - 1] = lengths[i + 1 : i + 2] == [length]
+    rows = [i for i, length in enumerate(lengths) if length]
+    for i, after in zip(rows, [*rows[1:], None], strict=True):
+        grid[i, : lengths[i]] = np.mean([_numbers(weights[i]) for weights in seeds], axis=0)
+        partial[i, lengths[i] - 1] = after is not None and (rows[0] > 0 or lengths[after] == lengths[i])
     return grid, partial
 
 

@@ -157,7 +157,8 @@ const mapOf = (title, first, cell) => {
 };
 const swatches = (ticks, scale, show) => ticks.map(x => el("span", {}, el("i", {class: "swatch", "--t": scale(x)}), show(x)));
 const weightKey = el("div", {class: "key"}, "Weight", ...swatches([0, .05, .1, .25, .5, 1], Math.sqrt, String),
-  block && el("span", {}, "dot: the block's own sum so far"));
+  block && el("span", {}, "dot: the block's own sum so far"),
+  reads.some(read => !read.columns.length) && el("span", {}, "empty row: a layer without a read, which sees a plain sum"));
 const influenceKey = el("div", {class: "key"}, "Nats", ...swatches([0, .05, .25, 1], Math.sqrt, x => x ? fixed(x * largest, 4) : "0"),
   el("span", {}, el("i", {class: "swatch neg", "--t": .5}), "the loss falls"));
 

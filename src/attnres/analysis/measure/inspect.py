@@ -25,7 +25,7 @@ from .probe import layer_by_layer
 
 
 class Read(NamedTuple):
-    """What one layer attends over. sources: columns, oldest first, PARTIAL for the partial sum; weights [n, T]: their
+    """What one layer attends over; nothing where it has no read. sources: columns, oldest first, PARTIAL for the partial sum; weights [n, T]: their
     weights on the CPU, the mean over heads where there are several."""
 
     sources: list[int]
@@ -121,7 +121,9 @@ def depth_attention_of(model: nn.Module) -> DepthAttention:
 
 def sources_of(residual: DepthAttention, state: State, layer: int) -> list[int]:
     """The columns of what `layer` attends over in a lean state, PARTIAL for a block's own sum so far."""
-    names = residual.tensor_names(state, layer)
+    if not residual.reads_depth(layer):
+        return []
+    names = [name for name in residual.tensor_names(state, layer) if not name.startswith("stream")]
     return [PARTIAL if name.startswith("partial") else int(name.split()[1]) for name in names]
 
 
@@ -152,6 +154,9 @@ def _mixing(model: nn.Module, residual: DepthAttention, reads: Sequence[Read], t
     size = residual.num_layers + 1
     matrix = torch.zeros(size, size, dtype=torch.float64)
     for layer, read in enumerate(reads):
+        if not read.sources:  # the newest read, or everything, and what was added since
+            matrix[layer, :layer] = 1.0 if getattr(residual, "reads", None) == "mlp" else matrix[layer - 1, :layer]
+            matrix[layer, layer] = 1.0
         for n, weight in zip(
             read.sources, read.weights.double().mean(1) * residual.scale(len(read.sources)), strict=True
         ):

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from ...errors import UsageError
 from ...model.loop import run
 from ...model.token_shards import TokenShards
-from ...residual import Residual, State
+from ...residual import DepthAttention, Residual, State
 from ...residual.base import gather, release
 from ..residual_place import rows_on
 from ..tensor_parallel import shards_of
@@ -179,13 +179,15 @@ class ConvertedLayer(nn.Module):
         arguments: dict[str, Any],
         ends: Tensor | None,
     ) -> State:
-        """Both sublayers read the state before either has written, each with its own query."""
+        """Both sublayers read the state before either has written, each with its own query if it reads depth."""
         attention, mlp = self.first, self.first + 1
-        h_mlp = residual.read(state, mlp)[0]
+        own = not isinstance(residual, DepthAttention) or residual.reads_depth(mlp)
+        h_mlp = residual.read(state, mlp)[0] if own else None
         h, state = residual.read(state, attention)
         state = residual.write(state, attention, self._attend(h, shards, arguments, ends))
-        if mlp in getattr(residual, "block_starts", ()):
-            state = residual.read(state, mlp)[1]  # for the state alone: a block ends between the two outputs
+        if mlp in getattr(residual, "block_starts", ()) or getattr(residual, "reads", "layer") != "layer":
+            state = residual.read(state, mlp)[1]  # for the state alone: a block ends between the two outputs, or a sum
+        h_mlp = h if h_mlp is None else h_mlp
         return residual.write(state, mlp, self._feed_forward(h_mlp, shards))
 
     def _state(self, residual: Residual, hidden_states: Any) -> tuple[State, TokenShards | None]:
