@@ -69,9 +69,13 @@ def table(out: Path, results: Path) -> None:
         raise UsageError(f"--out {out} has no finished run; start the runs first, without --table")
     costs = results / f"{reads_cost.NAME}.json"
     by_form = reads_cost.ratios(json.loads(costs.read_text())) if costs.exists() else {}
-    lines = reads_table.page({run: result["val_loss"] for run, result in found.items()}, by_form)
+    losses = {run: result["val_loss"] for run, result in found.items()}
+    lines = reads_table.page(losses, by_form)
     document = reads_table.document(found)
     timing.save(results, "reads_cpu", document, lines)
+    if by_form:
+        worths = reads_table.worths(losses)
+        save(reads_figure.worth_figure(worths, reads_cost.by_width(results)), out / "figures", "reads_worth")
     for length in {entry["length"] for entry in document["inside"]}:
         save(reads_figure.inside_figure(document["inside"], length), out / "figures", f"reads_inside_x{length:g}")
     print("\n".join(lines))

@@ -7,6 +7,7 @@ beside the stream: it is what the stream has gained since the last read.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
@@ -163,6 +164,12 @@ def step(form: str, width: int) -> Callable[[], None]:
         model.zero_grad()
 
     return call
+
+
+def by_width(folder: Path) -> dict[str, dict[str, float]]:
+    """Saved costs of a step by width and form, as multiples of PreNorm's."""
+    widths = json.loads((folder / f"{NAME}.json").read_text())["widths"]
+    return {width: {form: row["ratio"]["median"] for form, row in rows.items()} for width, rows in widths.items()}
 
 
 def ratios(document: dict[str, Any]) -> dict[str, float]:

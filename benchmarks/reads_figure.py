@@ -1,4 +1,4 @@
-"""What travels over depth in the models of `reads.py`: weights, magnitudes and gradients, layer by layer."""
+"""Figures of `reads.py`: what each form is worth against its cost, and what travels over depth within the models."""
 
 from __future__ import annotations
 
@@ -18,6 +18,42 @@ COLOURS = {
     "full": "#d55e00",
     "full, Transformer blocks": "#b8860b",
 }
+
+
+WORTH_COLOURS = COLOURS | {
+    "block, MLPs, attentions the sum": "#56b4e9",
+    "x0_lambdas": "#8b5a2b",
+    "denseformer": "#7a5195",
+}
+
+
+def worth_figure(worths: dict[str, dict[float, float]], costs: dict[str, dict[str, float]]) -> Figure:
+    """A panel a width: worth in tokens over the cost of a step, both to PreNorm's. A form is a line from its short run
+    (open) to its long one (filled); above the diagonal it is worth more than it costs.
+
+    worths: by form and length of the runs; costs: by width and form.
+    """
+    with apply_style():
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7.0, 3.4), layout="constrained")
+        panels = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
+        for axes, (width, cost) in zip(panels, costs.items(), strict=True):
+            most = max(cost[form] for form in WORTH_COLOURS) + 0.03
+            axes.plot([1, most], [1, most], color="#9aa1ab", linewidth=0.8, linestyle=":")
+            for form, colour in WORTH_COLOURS.items():
+                lengths = sorted(worths.get(form, {}))
+                if form != "prenorm" and lengths:
+                    values = [worths[form][length] for length in lengths]
+                    at = [cost[form]] * len(lengths)
+                    axes.plot(at, values, color=colour, linewidth=1)
+                    axes.plot(at[:1], values[:1], "o", markerfacecolor="none", color=colour)
+                    axes.plot(at[-1:], values[-1:], "o", color=colour, label=form)
+            axes.set_title(f"D = {width}")
+            axes.set_xlabel("Cost of a step, to PreNorm's")
+        panels[0].set_ylabel("Worth, of PreNorm's tokens")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return figure
 
 
 def newest_weight(entry: dict[str, Any]) -> list[float]:

@@ -38,22 +38,22 @@ RATE_SEEDS = (0, 1)
 Options = Callable[[int, int], dict[str, Any]]
 
 
-def sparse(every: int | None, *, full: bool = False, **options: Any) -> tuple[str, Options]:
-    """Reads of every so many layers, None: of every block of layers."""
-    return "sparse_reads", lambda L, N: {"num_blocks": L if full else N, "every": every or L // N, **options}
+def sparse(*, full: bool = False, **options: Any) -> tuple[str, Options]:
+    """Every second layer reads, in a form that the library does not have."""
+    return "sparse_reads", lambda L, N: {"num_blocks": L if full else N, "every": 2, **options}
 
 
 FORMS: dict[str, tuple[str, Options]] = {
     "prenorm": ("prenorm", lambda L, N: {}),
     "block": ("block_attnres", lambda L, N: {"num_blocks": N}),
-    "block, Transformer blocks": sparse(2),
-    "block, borders": sparse(None),
+    "block, Transformer blocks": ("block_attnres", lambda L, N: {"num_blocks": N, "reads": "transformer_block"}),
+    "block, borders": ("block_attnres", lambda L, N: {"num_blocks": N, "reads": "block"}),
     "x0_lambdas": ("x0_lambdas", lambda L, N: {}),
     "full": ("full_attnres", lambda L, N: {}),
-    "full, Transformer blocks": sparse(2, full=True),
-    "block, MLPs": sparse(2, offset=1),
-    "block, attentions, MLPs the sum": sparse(2, others="sum"),
-    "block, MLPs, attentions the sum": sparse(2, offset=1, others="sum"),
+    "full, Transformer blocks": sparse(full=True),
+    "block, MLPs": sparse(offset=1),
+    "block, attentions, MLPs the sum": sparse(others="sum"),
+    "block, MLPs, attentions the sum": ("block_attnres", lambda L, N: {"num_blocks": N, "reads": "mlp"}),
     "denseformer": ("denseformer", lambda L, N: {}),
     "denseformer, period 2": ("denseformer", lambda L, N: {"period": 2}),
 }

@@ -100,6 +100,17 @@ def page(losses: Losses, costs: dict[str, float]) -> list[str]:
     return lines
 
 
+def worths(losses: Losses) -> dict[str, dict[float, float]]:
+    """What a form is worth by the length of its runs, of 12 Transformer blocks and the usual N."""
+    blocks = 12
+    own = {run: loss for run, loss in losses.items() if run.blocks == blocks and run.rate == rates(losses)[blocks]}
+    found: dict[str, dict[float, float]] = {}
+    for form in FORMS:
+        rows = {length: of_form(own, form, BLOCKS_OF_LAYERS[blocks], length) for length in LOOKED_INTO}
+        found[form] = {length: row["worth"] for length, row in rows.items() if row is not None}
+    return found
+
+
 def rate_table(losses: Losses) -> list[str]:
     tried: dict[tuple[int, float], list[float]] = defaultdict(list)
     for run, loss in losses.items():

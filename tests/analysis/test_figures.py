@@ -170,6 +170,27 @@ def test_weights_stand_in_the_column_of_their_block(results, layers, size):
         assert partial[i].nonzero()[0].tolist() == ([finished] if is_partial else [])
 
 
+@pytest.mark.parametrize(
+    ("reading", "lengths", "partial"),
+    [
+        ([0, 2, 4, 6, 8], [1, 2, 2, 3, 3], [None, 1, None, 2, None]),
+        ([1, 3, 5, 7, 8], [2, 2, 3, 3, 3], [1, 1, 2, 2, None]),
+        ([0, 4, 8], [1, 2, 3], [None, None, None]),
+    ],
+)
+def test_layers_without_a_read_have_empty_rows(results, reading, lengths, partial):
+    """Two blocks of four layers, read a Transformer block, in front of MLPs and at the borders."""
+    for run in figures.runs_of(results, "block_attnres"):
+        run["depth_weights"] = [[] for _ in range(9)]
+        for layer, length in zip(reading, lengths, strict=True):
+            run["depth_weights"][layer] = [1 / length] * length
+    grid, marked = figures.weight_grid(results, "block_attnres")
+    assert (~np.isnan(grid)).sum(1).tolist() == [dict(zip(reading, lengths, strict=True)).get(i, 0) for i in range(9)]
+    wanted = [(layer, column) for layer, column in zip(reading, partial, strict=True) if column is not None]
+    assert list(zip(*marked.nonzero(), strict=True)) == wanted
+    figures.depth_attention(results, "block_attnres")
+
+
 def test_weights_are_means_over_seeds(results):
     runs = figures.runs_of(results, "full_attnres")
     grid, partial = figures.weight_grid(results, "full_attnres")

@@ -26,6 +26,8 @@ VARIANTS = [
     ("full_attnres", {"heads": 2}),
     ("full_attnres", {"mixing": "sigmoid"}),
     ("block_attnres", {"block_size": 3, "null_source": True}),
+    ("block_attnres", {"block_size": 2, "reads": "transformer_block"}),
+    ("block_attnres", {"block_size": 4, "reads": "mlp"}),
 ]
 
 
@@ -46,8 +48,15 @@ def by_hand(model, tokens, cut=lambda layer, i, n: False):
     """(losses, weights of every read) where the sources i of n with cut(layer, i, n) are left out."""
     residual, ids = model.residual, tokens[None]
     context = model.context(ids.shape[1], ids.device)
-    state, seen = residual.start(model.embed_tokens(ids)), []
+    state, seen, outputs = residual.start(model.embed_tokens(ids)), [], []
     for layer in range(7):
+        if not residual.reads_depth(layer):
+            seen.append(torch.zeros(0, len(tokens)))
+            stream = h if residual.reads != "mlp" else model.embed_tokens(ids) + sum(outputs[:-1])
+            h = stream + outputs[-1] if outputs else stream
+            outputs.append(model.layers[layer](model.layers[layer].norm(h), context))
+            state = residual.write(residual.read(state, layer)[1], layer, outputs[-1])
+            continue
         sources, weights = residual.sources(state, layer), residual.depth_weights(state, layer)
         seen.append(weights[:, 0])
         gone = [i for i in range(len(sources)) if len(sources) > 1 and cut(layer, i, len(sources))]
@@ -58,9 +67,8 @@ def by_hand(model, tokens, cut=lambda layer, i, n: False):
         kept = kept.view(*kept.shape[:3], heads, 1)
         h = (kept * pieces).sum(0).flatten(-2) * residual.scale(len(sources))
         if layer < 6:
-            state = residual.write(
-                residual.read(state, layer)[1], layer, model.layers[layer](model.layers[layer].norm(h), context)
-            )
+            outputs.append(model.layers[layer](model.layers[layer].norm(h), context))
+            state = residual.write(residual.read(state, layer)[1], layer, outputs[-1])
     logits = model.lm_head(model.norm(h))[0]
     return F.cross_entropy(logits[:-1], tokens[1:], reduction="none"), seen
 
@@ -137,7 +145,7 @@ def test_sources_are_named_as_the_paper_numbers_them(tokens):
     assert full.read_change is None
 
 
-@pytest.mark.parametrize(("name", "options"), VARIANTS[:2])
+@pytest.mark.parametrize(("name", "options"), VARIANTS[:2] + VARIANTS[-2:])
 def test_a_converted_model_is_seen_like_a_native_one(name, options, tokens):
     pytest.importorskip("transformers")
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -150,7 +158,7 @@ def test_a_converted_model_is_seen_like_a_native_one(name, options, tokens):
     model = attnres.hf.convert(model, name, **options)
     equal = inspect(model, tokens)
     for read in equal.reads:
-        assert torch.allclose(read.weights, torch.full_like(read.weights, 1 / len(read.sources)))
+        assert torch.allclose(read.weights, torch.full_like(read.weights, 1 / max(1, len(read.sources))))
     standard = torch.ones(7, 7).tril().double()
     assert torch.allclose(equal.mixing, standard)  # the conversion is the plain sum
     values = numbers(equal, model, tokens.tolist(), ByteTokenizer(), residual=name, name="x", command="")

@@ -42,6 +42,21 @@ def test_a_read_in_front_of_every_layer_is_the_papers(num_blocks):
     torch.testing.assert_close(got, inputs_of(paper), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("reads", "options"),
+    [
+        ("transformer_block", {"every": 2}),
+        ("block", {"every": 4}),
+        ("mlp", {"every": 2, "offset": 1, "others": "sum"}),
+    ],
+)
+def test_what_was_measured_is_what_the_library_has(reads, options):
+    """The runs were made with this form of each."""
+    built = residual.build("block_attnres", DIM, LAYERS, num_blocks=2, reads=reads, stream_scale=True)
+    got = inputs_of(randomised(build(num_blocks=2, **options)))
+    torch.testing.assert_close(got, inputs_of(randomised(built)), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("others", ["last_read", "sum"])
 @pytest.mark.parametrize(("every", "offset"), [(1, 0), (2, 0), (2, 1), (4, 0)])
 def test_zero_queries_are_prenorm(every, offset, others):

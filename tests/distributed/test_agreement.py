@@ -58,6 +58,12 @@ def test_so_they_are_with_the_two_phase_schedule(world, sizes):
     assert_equal(worst(world, Case(sizes, {"residual": "block_attnres", "residual_options": options})))
 
 
+@pytest.mark.parametrize("reads", ["transformer_block", "block", "mlp"])
+def test_so_they_are_with_fewer_reads(world, reads):
+    options = {"residual": "block_attnres", "residual_options": {"num_blocks": 2, "reads": reads}}
+    assert_equal(worst(world, Case({"shard": 2, "tp": 2}, options, checkpointing=True, accumulate=2)))
+
+
 @pytest.mark.parametrize("mechanism", sorted(set(residual.names()) - {"block_attnres", "full_attnres"}))
 def test_so_they_are_with_every_other_mechanism(world, mechanism):
     assert_equal(worst(world, Case({"shard": 2, "tp": 2}, {"residual": mechanism}, checkpointing=True, accumulate=2)))

@@ -70,7 +70,14 @@ def kernels(interpreted):
     ops.set_backend("auto")
 
 
-MECHANISMS = [("block_attnres", {"block_size": 5}), ("full_attnres", {}), ("prenorm", {})]
+MECHANISMS = [
+    ("block_attnres", {"block_size": 5}),
+    ("block_attnres", {"block_size": 4, "reads": "transformer_block"}),
+    ("block_attnres", {"block_size": 4, "reads": "mlp"}),
+    ("block_attnres", {"block_size": 4, "reads": "block"}),
+    ("full_attnres", {}),
+    ("prenorm", {}),
+]
 
 
 @pytest.mark.parametrize("precision", [FP32, BF16], ids=str)

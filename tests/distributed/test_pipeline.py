@@ -46,6 +46,9 @@ FOUR = [
     case("denseformer", "Interleaved1F1B", 2),
     case("hyper_connections", "Interleaved1F1B", 2),
     case("siamesenorm"),
+    case(BLOCK, "Interleaved1F1B", 2, model={"block_size": 4, "reads": "transformer_block"}, evaluate=True),
+    case(BLOCK, count=5, cuts=UNEVEN, model={"num_blocks": 3, "reads": "block"}),
+    case(BLOCK, "ZBVZeroBubble", 2, model={"num_blocks": 3, "reads": "mlp", "tied": True}, checkpointing=True),
     # with other dimensions of the mesh
     case(BLOCK, pp=2, dp=2, count=4),
     case(BLOCK, "Interleaved1F1B", 3, pp=2, tp=2, count=4, model={"tied": True, "block_size": 5}),

@@ -17,8 +17,17 @@ FORMS = {
     "block": {"residual": "block_attnres", "num_blocks": 2},
     "odd": {"residual": "block_attnres", "block_size": 1},
     "full": {"residual": "full_attnres"},
+    "reads": {"residual": "block_attnres", "block_size": 2, "reads": "transformer_block"},
+    "borders": {"residual": "block_attnres", "num_blocks": 2, "reads": "block"},
+    "mlp": {"residual": "block_attnres", "block_size": 4, "reads": "mlp"},
 }
-CASES = [(name, form) for name in ALL for form in FORMS if name in REQUIRED or form == "block"]
+SOME = {"llama", "gpt2", *PARALLEL}  # one of each way that a layer goes about its two sublayers
+CASES = [
+    (name, form)
+    for name in ALL
+    for form in FORMS
+    if form == "block" or name in (REQUIRED if form in ("odd", "full") else SOME)
+]
 
 
 def relative(result: torch.Tensor, expected: torch.Tensor) -> float:

@@ -18,6 +18,9 @@ CASES = [
     ("block_attnres", 5, {"num_blocks": 5}),
     ("block_attnres", 8, {"num_blocks": 3, "schedule": "layerwise"}),
     ("block_attnres", 8, {"num_blocks": 2, "query": "input"}),  # not the published weights: no fused forms
+    ("block_attnres", 8, {"num_blocks": 2, "reads": "transformer_block"}),
+    ("block_attnres", 9, {"num_blocks": 2, "reads": "block"}),
+    ("block_attnres", 8, {"num_blocks": 2, "reads": "mlp"}),
     ("delta_attnres", 6, {}),
 ]
 

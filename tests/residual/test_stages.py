@@ -17,6 +17,9 @@ CASES = [
     ("block_attnres", {"num_blocks": 2}),
     ("full_attnres", {"schedule": "two_phase"}),
     ("block_attnres", {"num_blocks": 2, "schedule": "two_phase"}),
+    ("block_attnres", {"block_size": 4, "reads": "transformer_block"}),
+    ("block_attnres", {"num_blocks": 2, "reads": "block"}),
+    ("block_attnres", {"block_size": 2, "reads": "mlp"}),
     ("rezero", {}),
     ("layerscale", {}),
     ("x0_lambdas", {}),
@@ -97,6 +100,7 @@ def test_equal_names_are_equal_tensors(name, options):
         for key, tensor in zip(names, tensors, strict=True):
             assert torch.equal(seen.setdefault(key, tensor), tensor)
         state = advance(res, layers, state, layer, layer + 1)
-    history = {"full_attnres": 7, "block_attnres": 3 + 4 if options.get("block_size") else 2 + 5}
+    streams = {"transformer_block": 3, "block": 5, "mlp": LAYERS}.get(options.get("reads"), 0)
+    history = {"full_attnres": 7, "block_attnres": 7 + streams}
     history |= {"siamesenorm": 2 * LAYERS, "x0_lambdas": LAYERS + 1}
     assert len(seen) == history.get(name, LAYERS), "whatever never changes keeps its name"

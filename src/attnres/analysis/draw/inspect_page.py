@@ -176,7 +176,7 @@ def _skips(reads: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Reads of neither the embedding nor the newest source with the most weight beyond an equal share of the read's."""
     found = []
     for read in reads:
-        equal = sum(read["mean"]) / len(read["mean"])
+        equal = sum(read["mean"]) / max(1, len(read["mean"]))
         for n, weight in list(enumerate(read["mean"]))[1:-1]:
             excess = round(weight - equal, 5)
             if excess > 0:

@@ -272,7 +272,7 @@ def _step(reads: int | str, num_layers: int, starts: tuple[int, ...]) -> int:
     if step > num_layers or any(start % step for start in starts):
         raise UsageError(
             f"reads={reads!r}, every {step} layers, does not divide the blocks, which start at layers "
-            f"{', '.join(map(str, starts))} of {num_layers}; choose another number of blocks, or reads='block'"
+            f"{', '.join(map(str, starts))} of {num_layers}; give a block_size that is a multiple of {step}"
         )
     return step
 
