@@ -49,6 +49,7 @@ def worth_figure(worths: dict[str, dict[float, float]], costs: dict[str, dict[st
                     axes.plot(at, values, color=colour, linewidth=1)
                     axes.plot(at[:1], values[:1], "o", markerfacecolor="none", color=colour)
                     axes.plot(at[-1:], values[-1:], "o", color=colour, label=form)
+            axes.set_ylim(0.98, max(max(by_length.values(), default=1) for by_length in worths.values()) + 0.04)
             axes.set_title(f"D = {width}")
             axes.set_xlabel("Cost of a step, to PreNorm's")
         panels[0].set_ylabel("Worth, of PreNorm's tokens")
