@@ -49,6 +49,7 @@ def by_hand(model, tokens, cut=lambda layer, i, n: False):
     residual, ids = model.residual, tokens[None]
     context = model.context(ids.shape[1], ids.device)
     state, seen, outputs = residual.start(model.embed_tokens(ids)), [], []
+    h = model.embed_tokens(ids)
     for layer in range(7):
         if not residual.reads_depth(layer):
             seen.append(torch.zeros(0, len(tokens)))

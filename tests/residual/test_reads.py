@@ -73,9 +73,7 @@ def test_every_input_and_gradient_is_the_formula(count, options, starts, readers
 def test_zero_queries_are_prenorm(count, options, starts, readers, schedule):
     embedding, layers = torch.randn(3, DIM, dtype=torch.float64), layers_of(count)
     want = run(residual.build("prenorm", DIM, count), embedding, layers)
-    torch.testing.assert_close(
-        run(build(count, options, schedule), embedding, layers), want, rtol=1e-10, atol=1e-10
-    )
+    torch.testing.assert_close(run(build(count, options, schedule), embedding, layers), want, rtol=1e-10, atol=1e-10)
 
 
 @every
@@ -181,7 +179,7 @@ def test_runs_on_the_triton_kernels(reads, schedule, device):
         ({"reads": "2"}, "reads must be one of .*; it is '2'"),
         ({"reads": 0, "block_size": 4}, "positive whole number of layers; it is 0"),
         ({"reads": True, "block_size": 4}, "positive whole number of layers; it is True"),
-        ({"reads": 3, "block_size": 4}, "reads=3, every 3 layers, does not divide the blocks, which start at layers 0, 4"),
+        ({"reads": 3, "block_size": 4}, "every 3 layers, does not divide the blocks, which start at layers 0, 4 of 8"),
         ({"reads": 8, "block_size": 4}, "reads=8, every 8 layers, does not divide"),
         ({"reads": 9, "num_blocks": 1}, "reads=9, every 9 layers, does not divide"),
         ({"reads": "transformer_block", "block_size": 3}, "reads='transformer_block', every 2 layers, does not divide"),

@@ -6,6 +6,8 @@ import typing
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union
@@ -36,10 +38,10 @@ def kind_of(hint: Any) -> Kind:
     """Of a plain type, a Literal, bool, a tuple, any of these or None, or a class whose `read` takes a text."""
     arguments = typing.get_args(hint)
     if NoneType in arguments:
-        inner = kind_of(Union[tuple(a for a in arguments if a is not NoneType)])
+        inner = kind_of(reduce(or_, (a for a in arguments if a is not NoneType)))
         placeholder = "{None}|" + inner.placeholder
         return Kind(placeholder, f"{inner.wanted} or None", lambda t: None if t == "None" else inner.read(t))
-    if arguments and isinstance(hint, UnionType | type(Union[int, str])):
+    if typing.get_origin(hint) in (UnionType, Union):
         kinds = [kind_of(a) for a in arguments]
         wanted = " or ".join(kind.wanted for kind in kinds)
         return Kind("|".join(kind.placeholder for kind in kinds), wanted, lambda t: _first(kinds, t))

@@ -166,10 +166,10 @@ def weight_grid(results: dict, residual: str) -> tuple[np.ndarray, np.ndarray]:
     """Depth-attention weights, mean over seeds: grid [L + 1 reads, sources], NaN where a read has no such source,
     and a mask of the same shape that marks partial sums.
 
-    Row i is layer i's read, the last row the output's; all NaN where a layer has none. Column 0 is the embedding, column n layer n or block n. The
-    partial sum of block n stands in column n, as the finished block does later. Of consecutive reads with equally many
-    sources the last is the first after a block was finished; the others end in a partial sum, all but the output's
-    where the first layer has no read.
+    Row i is layer i's read, the last row the output's; all NaN where a layer has none. Column 0 is the embedding,
+    column n layer n or block n. The partial sum of block n stands in column n, as the finished block does later. Of
+    consecutive reads with equally many sources the last is the first after a block was finished; the others end in a
+    partial sum, all but the output's where the first layer has no read.
 
     Raises:
         UsageError: no run of `residual` has depth weights.

@@ -56,10 +56,10 @@ def numbers(
 
     columns: what can be read, the embedding first, each with its label and the layers that it adds up. reads: one for
     every layer and, last, the output; of each source its column (for a block's own sum so far, partial, the column that
-    the block will have; none for a layer without a read), its mean weight and, where measured, read_change, the change of the mean loss without it
-    there. weights: of every read [sources, tokens]. measured: sources left out of every read, of how many, and sources
-    left out of single reads, of how many; what is missing has None. minutes: the time that was given to it, None while
-    it is not over.
+    the block will have; none for a layer without a read), its mean weight and, where measured, read_change, the change
+    of the mean loss without it there. weights: of every read [sources, tokens]. measured: sources left out of every
+    read, of how many, and sources left out of single reads, of how many; what is missing has None. minutes: the time
+    that was given to it, None while it is not over.
     """
     mechanism = depth_attention_of(model)
     kinds, layers = _kinds(model, mechanism.num_layers), mechanism.num_layers

@@ -25,8 +25,8 @@ from .probe import layer_by_layer
 
 
 class Read(NamedTuple):
-    """What one layer attends over; nothing where it has no read. sources: columns, oldest first, PARTIAL for the partial sum; weights [n, T]: their
-    weights on the CPU, the mean over heads where there are several."""
+    """What one layer attends over; nothing where it has no read. sources: columns, oldest first, PARTIAL for the
+    partial sum; weights [n, T]: their weights on the CPU, the mean over heads where there are several."""
 
     sources: list[int]
     weights: Tensor

@@ -8,7 +8,7 @@ Two schedules give the same function. Layer by layer: each read attends over all
 do not depend on activations, so when a block begins one pass over the finished blocks serves all its layers, and each
 layer then merges the one source that is new, the partial sum.
 
-Reads need not stand in front of every layer (`reads`): layers without one see a stream that others add to, as in PreNorm.
+Reads need not stand in front of every layer (`reads`): layers without one see a stream that all add to, as in PreNorm.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ class BlockAttnRes(DepthAttention):
             the other half of the layers. Layers without a read see the newest read and what was added since, with "mlp"
             the plain sum of everything. The output head always reads.
 
-    Rows of parameters of layers without a read have no effect. `query` to `temperature` are switches of the paper's ablation, as in `FullAttnRes`. Raises UsageError for sizes that are
-    not positive, more blocks than layers, both sizes given, switches that exclude each other, or reads that do not
-    divide the blocks.
+    Rows of parameters of layers without a read have no effect. `query` to `temperature` are switches of the paper's
+    ablation, as in `FullAttnRes`. Raises UsageError for sizes that are not positive, more blocks than layers, both
+    sizes given, switches that exclude each other, or reads that do not divide the blocks.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class BlockAttnRes(DepthAttention):
         unread = state.partial is not None and self._starts_block(layer)  # the finished block is still a partial sum
         lost = state.stream is None and not self.reads_depth(layer + 1)  # the stream of the read that was left out
         check_turn(state.update is None and not unread and not lost, "write", layer)
-        if state.outs or self._sparse and not self.lean:  # the next read adds it, in the same pass as the merge
+        if state.outs or (self._sparse and not self.lean):  # the next read adds it, in the same pass as the merge
             return state._replace(update=output)
         renewed = self.reads_depth(layer + 1) and (self.reads != "mlp" or layer + 1 == self.num_layers)
         stream = None if state.stream is None or renewed else state.stream + output
