@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from attnres import ops
 from attnres.ops.eager import Eager
+from attnres.ops.reference import Reference
 
 from .native import COMPILED, require_native
 
@@ -217,3 +218,30 @@ def test_the_environment_chooses_and_triton_is_not_needed():
         "backend 'triton' needs Triton, which is not installed; use 'auto' or install triton",
         "eager",
     ]
+
+
+def test_a_backend_of_ones_own_serves_every_op_and_may_decline():
+    class Counting(Reference):
+        calls = 0
+
+        def declines(self, source, num_sources):
+            return "at most three" if num_sources > 3 else None
+
+        def read_with_weights(self, *arguments):
+            self.calls += 1
+            return super().read_with_weights(*arguments)
+
+    own, sources = Counting(), [torch.randn(2, 8) for _ in range(3)]
+    query, key_norm = torch.randn(8), torch.ones(8)
+    ops.set_backend(own)
+    try:
+        assert ops.backend() is own
+        ops.read_norm(query, sources, key_norm, 1e-6, norm=(None, 1e-6))
+        ops.read_norm_chained(query, sources, key_norm, 1e-6)
+        assert own.calls == 2
+        with torch.no_grad(), pytest.raises(ValueError, match="query"):
+            ops.read_norm(torch.randn(9), sources, key_norm, 1e-6)
+        with pytest.raises(ValueError, match="at most three"):
+            ops.depth_attention(query, [*sources, sources[0]], key_norm)
+    finally:
+        ops.set_backend("auto")

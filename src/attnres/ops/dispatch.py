@@ -33,23 +33,23 @@ TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 _REFERENCE, _EAGER, _NO_GRAD, _DRY = Reference(), Eager(), NoGrad(), Dry()
 _log = logging.getLogger("attnres")
 _announced: set[str] = set()
-_choice = "auto"
+_choice: str | Backend = "auto"
 
 
-def set_backend(name: str) -> None:
-    """Chooses the backend of every depth-attention op: "auto", "reference", "eager", "native" or "triton".
+def set_backend(name: str | Backend) -> None:
+    """Chooses the backend of every depth-attention op: "auto", "reference", "eager", "native", "triton", or your own.
 
     Raises ValueError for an unknown name, or for "triton" where Triton is not installed.
     """
     global _choice
-    if name not in NAMES:
+    if not isinstance(name, Backend) and name not in NAMES:
         raise ValueError(f"backend must be one of {', '.join(NAMES)}; it is {name!r}")
     if name == "triton" and not TRITON_INSTALLED:
         raise ValueError("backend 'triton' needs Triton, which is not installed; use 'auto' or install triton")
     _choice = name
 
 
-def backend() -> str:
+def backend() -> str | Backend:
     """The backend in force, as given to set_backend or ATTNRES_BACKEND."""
     return _choice
 
@@ -90,7 +90,9 @@ def _automatic(source: Tensor, num_sources: int) -> Backend:
     return _named(name)
 
 
-def _named(name: str) -> Backend:
+def _named(name: str | Backend) -> Backend:
+    if isinstance(name, Backend):
+        return name
     if name == "triton":
         from .triton.backend import TRITON
 
