@@ -312,3 +312,53 @@ def test_a_fork_server_that_was_killed_is_a_failure(tmp_path, monkeypatch):
     cell = grid.Cell("prenorm, seed 0", TrainConfig(out=tmp_path / "run"))
     with pytest.raises(Failure, match=r"no process could be started for prenorm, seed 0 \(EOFError\); call again"):
         grid.run_grid([cell])
+
+
+def test_options_behind_a_name_make_rows_of_their_own(server, tiny, tmp_path):
+    entries = ["prenorm", "block_attnres", "block_attnres:num_blocks=2:reads=mlp"]
+    argv = ["--residuals", ",".join(entries), "--residual.num-blocks", 1, "--out", tmp_path / "out"]
+    end = server.run("compare", *tiny, *argv, patch=FORK)
+    assert end.status == 0, end.err
+    assert entries[2] in end.out
+    found = results(tmp_path / "out")
+    assert [run["residual"] for run in found["runs"]] == [row["residual"] for row in found["summary"]] == entries
+    assert sorted(path.name for path in (tmp_path / "out" / "runs").iterdir()) == [
+        "block_attnres-num_blocks=2-reads=mlp-seed0", "block_attnres-seed0", "prenorm-seed0",
+    ]  # fmt: skip
+    assert (tmp_path / "out" / "figures" / "depth_attention_block_attnres-num_blocks=2-reads=mlp.png").exists()
+    assert "Block AttnRes, num_blocks=2, reads=mlp" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_options_behind_a_name_win():
+    config = CompareConfig(
+        residuals=("block_attnres", "block_attnres:num_blocks=4:stream_scale=False", "full_attnres:window=None"),
+        residual_options={"block_attnres": {"num_blocks": 2, "eps": 1e-5}, "full_attnres": {"window": 3}},
+    )
+    options = [run.model.residual_options for run in config.runs()]
+    assert options == [
+        {"num_blocks": 2, "eps": 1e-5},
+        {"num_blocks": 4, "eps": 1e-5, "stream_scale": False},
+        {"window": None},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("entry", "sentence"),
+    [
+        ("block", "residual 'block' is unknown; did you mean 'block_attnres'"),
+        ("block_attnres:window=3", "residual 'block_attnres' has no option 'window'; it takes block_size, num_blocks,"),
+        ("prenorm:eps=1", "residual 'prenorm' has no option 'eps'; it takes none"),
+        ("block_attnres:num_blocks=four", "num_blocks in .* must be int or None; it is 'four'"),
+        ("block_attnres:stream_scale=1", "stream_scale in .* must be bool; it is '1'"),
+        (
+            "block_attnres:num_blocks",
+            "must be a name and options, each once, as in block_attnres:option=value; see 'num_b",
+        ),
+        ("block_attnres:", "as in block_attnres:option=value; see ''"),
+        ("block_attnres:eps=1:eps=2", "each once, .*; see 'eps=2'"),
+        ("block_attnres:eps=1e-6,block_attnres:eps=0.000001", "residuals must name each once; two of"),
+    ],
+)
+def test_options_that_make_no_sense_are_named(entry, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        CompareConfig(residuals=tuple(entry.split(",")))

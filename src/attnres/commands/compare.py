@@ -40,7 +40,8 @@ def _start(given: flags.Values) -> flags.Values:
 
 def comparison(given: flags.Given) -> CompareConfig:
     """The comparison that the flags describe."""
-    names = given["residuals"] or CompareConfig.residuals  # an empty list is refused below
+    entries = given["residuals"] or CompareConfig.residuals  # an empty list is refused below
+    names = list(dict.fromkeys(residuals.named(entry)[0] for entry in entries))
     options = options_of(names, given.residual_options())
     return given.make(
         CompareConfig,

@@ -12,7 +12,7 @@ from .. import residual as residuals
 from ..analysis.draw.figures import write_figures
 from ..analysis.draw.report import write_report
 from ..run.config import TrainConfig
-from .experiment import Experiment, conducted
+from .experiment import Experiment, conducted, folder
 from .grid import Cell, write_json
 
 
@@ -21,27 +21,31 @@ class CompareConfig(Experiment):
     """The same training run for several residual connections and seeds."""
 
     residuals: tuple[str, ...] = ("prenorm", "block_attnres", "full_attnres")
-    """Residual connections, separated by commas; the first is the baseline."""
+    """Residual connections, separated by commas; the first is the baseline. Options may stand behind a name, as in
+    block_attnres:num_blocks=4:reads=mlp."""
     residual_options: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Options of a residual connection, by its name."""
+    """Options of a residual connection, by its name; those behind a name win over them."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in self.residuals:
-            residuals.get(name)
+    def places(self) -> list[tuple[str, int]]:
+        """Residual connection and seed of every run, seeds outermost."""
+        return [(residual, seed) for seed in self.seeds for residual in self.residuals]
 
     def runs(self) -> list[TrainConfig]:
-        """One configuration for each seed and residual connection, seeds outermost."""
-        return [self._run(name, seed) for seed in self.seeds for name in self.residuals]
+        return [self._run(*place) for place in self.places()]
 
-    def _run(self, name: str, seed: int) -> TrainConfig:
-        options = self.residual_options.get(name, {})
+    def _run(self, residual: str, seed: int) -> TrainConfig:
+        name, own = residuals.named(residual)
+        options = self.residual_options.get(name, {}) | own
         model = dataclasses.replace(self.train.model, residual=name, residual_options=options)
-        out = self.train.out / "runs" / f"{name}-seed{seed}"
+        out = self.train.out / "runs" / f"{folder(residual)}-seed{seed}"
         return dataclasses.replace(self.train, model=model, seed=seed, out=out)
 
     def cells(self) -> list[Cell]:
-        return [Cell(f"{run.model.residual}, seed {run.seed}", run) for run in self.runs()]
+        return [Cell(f"{residual}, seed {seed}", self._run(residual, seed)) for residual, seed in self.places()]
+
+    def named(self, found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The results of the runs, each under the name of its residual connection here, options included."""
+        return [{**run, "residual": residual} for run, (residual, _) in zip(found, self.places(), strict=True)]
 
 
 def compare(config: CompareConfig, command: str = "") -> dict[str, Any]:
@@ -54,6 +58,7 @@ def compare(config: CompareConfig, command: str = "") -> dict[str, Any]:
     """
     out = config.train.out
     with conducted(config, command, keep_checkpoints=True) as (config, found, head):
+        found = config.named(found)
         results = {
             **head,
             "model": config.runs()[0].model.to_dict(),

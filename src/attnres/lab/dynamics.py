@@ -38,7 +38,7 @@ def dynamics(config: CompareConfig, command: str = "") -> dict[str, Any]:
             "jobs": config.jobs,
             "model": config.runs()[0].model.to_dict(),
             "baseline": config.residuals[0],
-            "runs": found,
+            "runs": config.named(found),
         }
         write_json(out / "results.json", results)
         write_figures(results, out / "figures")

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from .. import residual as residuals
 from ..errors import UsageError
 from ..model import DecoderConfig
 from ..model.config import MOST
@@ -40,6 +41,9 @@ class Experiment:
                     raise UsageError(
                         f"{f.name} must name at least one, each once; it is {', '.join(map(str, values))!r}"
                     )
+        entries: tuple[str, ...] = getattr(self, "residuals", ())
+        if any(one in parsed[:i] for parsed in [[*map(residuals.named, entries)]] for i, one in enumerate(parsed)):
+            raise UsageError(f"residuals must name each once; two of {', '.join(entries)!r} are the same")
         check_limits(self.jobs, self.minutes)
 
     def cells(self) -> Sequence[Cell]:
@@ -52,15 +56,22 @@ class Experiment:
             cell.config.model.check_residual()
 
     def sized(self, width: int, residual: str, **shape: Any) -> DecoderConfig:
-        """A decoder for the corpus and context of the runs."""
+        """A decoder for the corpus and context of the runs; residual: a name, options behind it."""
+        name, options = residuals.named(residual)
         return DecoderConfig(
             vocab_size=self.train.model.vocab_size,
             hidden_size=width,
             max_position_embeddings=max(512, self.train.context),
             initializer_range=round(0.7 * min(max(1, width), MOST) ** -0.5, 3),
-            residual=residual,
+            residual=name,
+            residual_options=options,
             **shape,
         )
+
+
+def folder(residual: str) -> str:
+    """A name of files for a residual connection with options behind its name."""
+    return residual.replace(":", "-")
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from ..errors import UsageError
 from ..model import DecoderConfig
 from ..run.config import TrainConfig
 from ..text_table import markdown
-from .experiment import Experiment, conducted
+from .experiment import Experiment, conducted, folder
 from .grid import Cell, write_csv, write_json
 from .power_law import PowerLaw, bootstrap, compute_advantage, fit_power_law, interval
 
@@ -60,7 +60,8 @@ class ScalingConfig(Experiment):
     sizes: tuple[Size, ...] = ()
     """Sizes as WIDTHxBLOCKSxHEADS@LR, separated by commas; a size's learning rate serves all residual connections."""
     residuals: tuple[str, ...] = ("prenorm", "block_attnres", "full_attnres")
-    """Residual connections, separated by commas; the first is the baseline."""
+    """Residual connections, separated by commas, options behind a name as in block_attnres:num_blocks=4; the first is
+    the baseline."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds, separated by commas; several show mean and spread."""
     tokens_per_parameter: float = 3.0
@@ -98,7 +99,7 @@ class ScalingConfig(Experiment):
             steps=steps,
             validate_every=max(1, steps // 4),
             optim=dataclasses.replace(self.train.optim, lr=size.lr),
-            out=self.train.out / "runs" / f"{size.name}-{residual}-seed{seed}",
+            out=self.train.out / "runs" / f"{size.name}-{folder(residual)}-seed{seed}",
         )
 
     def compute(self, size: Size) -> float:
@@ -138,7 +139,8 @@ def scaling(config: ScalingConfig, command: str = "") -> dict[str, Any]:
     """
     out = config.train.out
     with conducted(config, command) as (config, found, head):
-        runs = [{"size": size.name, **result} for (size, *_), result in zip(config.places(), found, strict=True)]
+        places = zip(config.places(), found, strict=True)
+        runs = [{"size": size.name, **result, "residual": name} for (size, name, _), result in places]
         sizes = list(dict.fromkeys(size for size, *_ in config.places()))
         compute = {size.name: config.compute(size) / FLOP_UNIT for size in sizes}
         results = {

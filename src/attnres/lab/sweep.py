@@ -18,7 +18,7 @@ from ..errors import UsageError
 from ..model import DecoderConfig
 from ..model.config import MOST_ELEMENTS
 from ..run.config import TrainConfig
-from .experiment import Experiment, conducted
+from .experiment import Experiment, conducted, folder
 from .grid import Cell, write_csv, write_json
 
 MATCHED = 0.05  # largest part by which parameters or compute may differ from the target
@@ -34,7 +34,8 @@ class SweepConfig(Experiment):
     heads: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7)
     """Ratios heads / L_b, separated by commas."""
     residuals: tuple[str, ...] = ("prenorm", "full_attnres")
-    """Residual connections, separated by commas; the first is the baseline."""
+    """Residual connections, separated by commas, options behind a name as in block_attnres:num_blocks=4; the first is
+    the baseline."""
     parameters: int = 300_000
     """Activated parameters of the baseline in each cell, without embeddings."""
     compute: float = 1e12
@@ -96,7 +97,7 @@ class SweepConfig(Experiment):
             steps=steps,
             validate_every=steps,
             keep=1,
-            out=self.train.out / "runs" / f"{shape}-{residual}-seed{seed}",
+            out=self.train.out / "runs" / f"{shape}-{folder(residual)}-seed{seed}",
         )
 
     def check(self) -> None:
@@ -129,7 +130,12 @@ def sweep(config: SweepConfig, command: str = "") -> dict[str, Any]:
     with conducted(config, command) as (config, found, head):
         by_folder = dict(zip((cell.config.out for cell in config.cells()), found, strict=True))
         runs = [
-            {"width_ratio": width, "head_ratio": heads, **by_folder[config.run(width, heads, name, seed).out]}
+            {
+                "width_ratio": width,
+                "head_ratio": heads,
+                **by_folder[config.run(width, heads, name, seed).out],
+                "residual": name,
+            }
             for width, heads, name, seed in config.places()
         ]
         results = {

@@ -24,7 +24,7 @@ from .mechanisms.prenorm import PreNorm
 from .mechanisms.rezero import ReZero
 from .mechanisms.siamesenorm import SiameseNorm
 from .mechanisms.x0_lambdas import X0Lambdas
-from .registry import build, get, names, register
+from .registry import build, get, named, names, register
 from .watch import watched
 
 __all__ = [
@@ -55,6 +55,7 @@ __all__ = [
     "X0Lambdas",
     "build",
     "get",
+    "named",
     "names",
     "register",
     "watched",

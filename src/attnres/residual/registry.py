@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import typing
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -44,9 +45,46 @@ def build(name: str, dim: int, num_layers: int, **options: Any) -> Residual:
     Raises UsageError for an unknown name (the nearest one is suggested), an unknown option or a bad value.
     """
     cls = get(name)
-    known = [p for p in inspect.signature(cls.__init__).parameters if p not in ("self", "dim", "num_layers")]
     for option in options:
-        if option not in known:
-            takes = f"it takes {', '.join(known)}" if known else "it takes none"
-            raise UsageError(f"residual {name!r} has no option {option!r}; {takes}")
+        _check_option(name, option)
     return cls(dim, num_layers, **options)
+
+
+def named(text: str) -> tuple[str, dict[str, Any]]:
+    """(mechanism, options) of a name with options behind it, such as "block_attnres:num_blocks=4:reads=mlp".
+
+    Raises UsageError for an unknown name or option, and for a value that is none of the option's types.
+    """
+    name, *written = text.split(":")
+    hints = typing.get_type_hints(get(name).__init__)
+    options: dict[str, Any] = {}
+    for part in written:
+        option, equals, value = part.partition("=")
+        if not equals or option in options:
+            raise UsageError(f"{text!r} must be a name and options, each once, as in {name}:option=value; see {part!r}")
+        _check_option(name, option)
+        options[option] = _value(text, option, hints[option], value)
+    return name, options
+
+
+def _check_option(name: str, option: str) -> None:
+    known = [p for p in inspect.signature(get(name).__init__).parameters if p not in ("self", "dim", "num_layers")]
+    if option not in known:
+        takes = f"it takes {', '.join(known)}" if known else "it takes none"
+        raise UsageError(f"residual {name!r} has no option {option!r}; {takes}")
+
+
+def _value(text: str, option: str, hint: Any, value: str) -> Any:
+    types = typing.get_args(hint) or (hint,)
+    words: dict[str, Any] = {"None": None} if type(None) in types else {}
+    words |= {"True": True, "False": False} if bool in types else {}
+    if value in words:
+        return words[value]
+    for kind in (int, float, str):
+        try:
+            if kind in types:
+                return kind(value)
+        except ValueError:
+            continue
+    wanted = " or ".join(getattr(kind, "__name__", str(kind)).replace("NoneType", "None") for kind in types)
+    raise UsageError(f"{option} in {text!r} must be {wanted}; it is {value!r}")

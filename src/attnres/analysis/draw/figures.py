@@ -258,5 +258,5 @@ def write_figures(results: dict, out_dir: str | Path) -> list[Path]:
             draw[key] = function
     paths = [path for name, function in draw.items() for path in save(function(results), out_dir, name)]
     for name in attending(results):
-        paths += save(depth_attention(results, name), out_dir, f"depth_attention_{name}")
+        paths += save(depth_attention(results, name), out_dir, f"depth_attention_{name.replace(':', '-')}")
     return paths

@@ -146,5 +146,12 @@ def looks(results: dict) -> dict[str, Look]:
         raise UsageError("results: no runs inside; give the contents of a results.json of `attnres compare`")
     names = list(dict.fromkeys(run["residual"] for run in results["runs"]))
     others = [name for name in names if name not in _LOOKS]
-    spare = {name: Look(name, *_SPARE[i % len(_SPARE)]) for i, name in enumerate(others)}
+    spare = {name: Look(_label(name), *_SPARE[i % len(_SPARE)]) for i, name in enumerate(others)}
     return {name: _LOOKS.get(name) or spare[name] for name in names}
+
+
+def _label(name: str) -> str:
+    """For readers: a mechanism, then the options that stand behind its name."""
+    mechanism, *options = name.split(":")
+    look = _LOOKS.get(mechanism)
+    return ", ".join([look.label if look else mechanism, *options])
