@@ -120,15 +120,25 @@ def test_reads_are_attention_over_depth(name, form):
     model(tokens())
 
     assert len(reads) == 7 and len(outputs) == 6
-    starts = range(6) if form in ("odd", "full") else (0, 3)
-    for row, read in enumerate(reads):
-        written = row - row % 2 if name in PARALLEL else row
+    starts = getattr(residual, "block_starts", range(6))
+
+    def attended(row: int, written: int) -> torch.Tensor:
         blocks = [outputs[a:b] for a, b in zip(starts, [*starts[1:], 6], strict=True)]
         sums = [sum(block[: written - a]) for a, block in zip(starts, blocks, strict=True) if a < written]
         sources = torch.stack([embeddings[0], *sums])
         keys = torch.nn.functional.rms_norm(sources, sources.shape[-1:], residual.key_norm[row], residual.eps)
         weights = (keys @ residual.pseudo_query[row]).softmax(0)
-        expected = len(sources) * torch.einsum("nbt,nbtd->btd", weights, sources)
+        return len(sources) * torch.einsum("nbt,nbtd->btd", weights, sources)
+
+    for row, read in enumerate(reads):
+        written = row - row % 2 if name in PARALLEL else row  # both sublayers read before either writes
+        last = max(r for r in range(row + 1) if residual.reads_depth(r) or r == 0)
+        if residual.reads_depth(row):
+            expected = attended(row, written)
+        elif form == "mlp":
+            expected = sum(outputs[:written], embeddings[0])
+        else:
+            expected = sum(outputs[last:written], attended(last, last))
         assert relative(read, expected) < 1e-9, row
 
 
