@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
-from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -15,6 +13,8 @@ from typing import Any
 import timing
 import torch
 from reads_grid import BLOCKS_OF_LAYERS, FORMS, Run, queue
+
+from attnres.analysis.measure.worth import worth
 
 Losses = dict[Run, float]
 LOOKED_INTO = (1, 3)
@@ -155,18 +155,6 @@ def decrements(losses: Losses, length: float) -> list[tuple[float, float]]:
         if seeds := base.keys() & own.keys():
             curve.append((other / length, mean(own[seed] - base[seed] for seed in seeds)))
     return curve
-
-
-def worth(difference: float, curve: Sequence[tuple[float, float]]) -> float:
-    """How many times the tokens PreNorm needs for a loss that is lower by -difference: linear between the points of
-    `decrements` over the logarithm of the length, and beyond the last two along their line. NaN without two points, or
-    between points where the loss does not fall."""
-    for (x0, d0), (x1, d1) in pairwise(curve):
-        if difference >= d1 or (x1, d1) == curve[-1]:
-            if d1 >= d0:
-                break
-            return math.exp(math.log(x0) + (difference - d0) / (d1 - d0) * math.log(x1 / x0))
-    return math.nan
 
 
 def cells(form: str, row: dict[str, Any], block: dict[str, Any] | None, costs: dict[str, float]) -> list[str]:

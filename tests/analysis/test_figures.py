@@ -65,6 +65,18 @@ def test_one_seed_has_no_band(make_results):
     assert [len(axes.collections) for axes in figure.axes] == [0, 0]
 
 
+def test_the_longer_baseline_is_a_thin_line_of_its_colour(results):
+    longer = copy.deepcopy(figures.runs_of(results, "prenorm"))
+    for run in longer:
+        run["val_curve"]["tokens"] = [2 * tokens for tokens in run["val_curve"]["tokens"]]
+    results["longer_baseline"] = {"times": 2, "runs": longer}
+    (line,) = [line for line in figures.loss_curves(results).axes[0].lines if line.get_linestyle() == "--"]
+    assert (
+        line.get_label() == "PreNorm, 2 times the tokens" and line.get_color() == style.looks(results)["prenorm"].colour
+    )
+    assert max(line.get_xdata()) == max(longer[0]["val_curve"]["tokens"]) / 1e6
+
+
 def test_training_loss_is_drawn_fainter_than_validation(results):
     top = figures.loss_curves(results).axes[0]
     training = [line for line in top.lines if len(line.get_xdata()) == 300]

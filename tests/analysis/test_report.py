@@ -185,8 +185,16 @@ def test_the_finding_leads_with_the_lowest_loss_and_its_doubt(results, tmp_path)
     lede = "".join(Tree(re.search(r'<p class="lede">.*?</p>', report(results, tmp_path))[0]).text)
     assert lede == (
         "Block AttnRes reaches the lowest loss on held-out text, 1.993 nats per token, 0.007 below PreNorm, "
-        "within the seed spread."
+        "within the seed spread. It trains at 0.95 times the speed."
     )
+    results["longer_baseline"] = {"times": 1.25, "runs": figures.runs_of(results, "prenorm")}
+    for row, worth in zip(results["summary"], (3.0, 1.1875), strict=True):
+        row["worth"] = worth
+    html = report(results, tmp_path)
+    lede = "".join(Tree(re.search(r'<p class="lede">.*?</p>', html)[0]).text)
+    assert lede.endswith(" times the speed; PreNorm needs 1.19 times its tokens for that loss.")
+    worths = [row[2].removesuffix("\N{MULTIPLICATION SIGN}") for row in rows_of(html).values()]
+    assert worths == ["Worth, of the baseline's tokens", "over 1.25", "1.19"]
 
 
 @pytest.mark.usefixtures("words_only")

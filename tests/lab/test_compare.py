@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from attnres import residual
+from attnres.analysis.measure.worth import in_words
 from attnres.commands.compare import table
 from attnres.errors import Failure, UsageError
 from attnres.lab import grid
@@ -317,14 +318,18 @@ def test_a_fork_server_that_was_killed_is_a_failure(tmp_path, monkeypatch):
 def test_options_behind_a_name_make_rows_of_their_own(server, tiny, tmp_path):
     entries = ["prenorm", "block_attnres", "block_attnres:num_blocks=2:reads=mlp"]
     argv = ["--residuals", ",".join(entries), "--residual.num-blocks", 1, "--out", tmp_path / "out"]
+    argv += ["--longer-baseline", 1.5]
     end = server.run("compare", *tiny, *argv, patch=FORK)
     assert end.status == 0, end.err
     assert entries[2] in end.out
     found = results(tmp_path / "out")
     assert [run["residual"] for run in found["runs"]] == [row["residual"] for row in found["summary"]] == entries
     assert sorted(path.name for path in (tmp_path / "out" / "runs").iterdir()) == [
-        "block_attnres-num_blocks=2-reads=mlp-seed0", "block_attnres-seed0", "prenorm-seed0",
+        "block_attnres-num_blocks=2-reads=mlp-seed0", "block_attnres-seed0", "prenorm-seed0", "prenorm-x1.5-seed0",
     ]  # fmt: skip
+    longer = found["longer_baseline"]
+    assert longer["times"] == 1.5 and longer["runs"][0]["tokens"] == 1.5 * found["runs"][0]["tokens"]
+    assert "worth" in end.out and "by a run on 1.5 times as many" in end.out
     assert (tmp_path / "out" / "figures" / "depth_attention_block_attnres-num_blocks=2-reads=mlp.png").exists()
     assert "Block AttnRes, num_blocks=2, reads=mlp" in (tmp_path / "out" / "report.html").read_text()
 
@@ -362,3 +367,25 @@ def test_options_behind_a_name_win():
 def test_options_that_make_no_sense_are_named(entry, sentence):
     with pytest.raises(UsageError, match=sentence):
         CompareConfig(residuals=tuple(entry.split(",")))
+
+
+def test_worth_is_the_length_at_which_the_baseline_has_the_loss():
+    def run(name, seed, loss):
+        return {"residual": name, "seed": seed, "val_loss": loss, "tokens_per_second": 1.0, "parameters": 1,
+                "tokens": 1, "peak_memory_bytes": 1}  # fmt: skip
+
+    losses = {"prenorm": (2.0, 2.2), "half": (1.95, 2.15), "more": (1.8, 2.0), "less": (2.1, 2.2)}
+    runs = [run(name, seed, loss) for name, pair in losses.items() for seed, loss in enumerate(pair)]
+    longer = {"times": 1.25, "runs": [run("prenorm", 0, 1.9), run("prenorm", 1, 2.1)]}
+    worths = {row["residual"]: row["worth"] for row in summarise(runs, list(losses), longer)}
+    assert worths["prenorm"] == pytest.approx(1) and worths["half"] == pytest.approx(1.25**0.5)
+    assert [in_words(worths[name], 1.25) for name in losses] == ["1.00", "1.12", "over 1.25", "under 1"]
+    longer["runs"][0]["val_loss"] = longer["runs"][1]["val_loss"] = 2.5
+    assert [row["worth"] for row in summarise(runs, list(losses), longer)] == [None] * 4
+    assert in_words(None, 1.25) == "unknown"
+
+
+@pytest.mark.parametrize("times", [1, 0.5, float("nan"), 1e9])
+def test_a_longer_baseline_must_be_longer(times):
+    with pytest.raises(UsageError, match="longer_baseline must be over 1 and at most 100"):
+        CompareConfig(longer_baseline=times)

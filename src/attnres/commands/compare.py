@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import residual as residuals
+from ..analysis.measure.worth import in_words
 from ..errors import UsageError
 from ..lab.compare import CompareConfig, compare
 from ..text_table import columns
@@ -52,7 +53,9 @@ def comparison(given: flags.Given) -> CompareConfig:
 
 def table(results: dict[str, Any]) -> str:
     """The summary of a comparison, in plain columns."""
-    heads = ["residual", "parameters", "tokens", "val loss", "difference", "tokens/s", "peak memory"]
+    times = (results.get("longer_baseline") or {}).get("times")
+    heads = ["residual", "parameters", "tokens", "val loss", "difference", *["worth"] * bool(times)]
+    heads += ["tokens/s", "peak memory"]
     rows = [heads]
     for row in results["summary"]:
         spread, difference = row["val_loss_spread"], row["difference_spread"]
@@ -63,12 +66,18 @@ def table(results: dict[str, Any]) -> str:
                 f"{row['tokens']:,}",
                 f"{row['val_loss']:.4f}" + ("" if spread is None else f" (spread {spread:.4f})"),
                 f"{row['difference']:+.4f}" + ("" if difference is None else f" (spread {difference:.4f})"),
+                *([f"{in_words(row['worth'], times)}x"] if times else []),
                 f"{row['throughput_ratio']:.2f}x",
                 f"{row['peak_memory_bytes'] / 2**20:,.0f} MiB",
             ]
         )
     lines = columns(rows, left=1)
     lines.insert(1, "-" * len(lines[0]))
+    if times:
+        base = results["baseline"]
+        lines.append(
+            f"\nworth: how many times its tokens {base} needs for that loss, by a run on {times:g} times as many"
+        )
     if len(results["summary"][0]["seeds"]) == 1:
         lines.append("\none seed: a difference of a few hundredths may be chance; --seeds 0,1,2 shows the spread")
     return "\n".join(lines)

@@ -128,7 +128,7 @@ def _dynamics(argv: Sequence[str], command: str) -> None:
     def start(given: flags.Values) -> flags.Values:
         return {"jobs": 2, **flags.of_preset(given)}
 
-    given = _parsed("dynamics", argv, CompareConfig, DynamicsFlags, start)
+    given = _parsed("dynamics", argv, CompareConfig, DynamicsFlags, start, ("longer_baseline",))
     dynamics(comparison(given), command)
     print(f"results: {given['out'] / 'dynamics.html'}, {given['out'] / 'figures'}", file=sys.stderr)
 

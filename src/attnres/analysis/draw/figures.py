@@ -97,6 +97,7 @@ def loss_curves(results: dict) -> Figure:
             tokens, validation = _curves(runs_of(results, name), "val_curve", "val_loss")
             _band(top, tokens / 1e6, validation, look)
             late.append(validation[:, tokens >= START * tokens.max(initial=0)])
+        _longer(top, results, named)
         values = np.concatenate([value[np.isfinite(value)] for value in late])
         if values.size and np.ptp(values) > 0:
             top.set_ylim(values.min() - 0.1 * np.ptp(values), values.max() + 0.1 * np.ptp(values))
@@ -107,6 +108,17 @@ def loss_curves(results: dict) -> Figure:
         figure.align_ylabels()
         _legend(figure, top)
     return figure
+
+
+def _longer(axes: Axes, results: dict, named: dict[str, Look]) -> None:
+    """The longer run of the baseline, a thin line."""
+    longer, baseline = results.get("longer_baseline"), results.get("baseline")
+    if longer and baseline in named:
+        tokens, validation = _curves(longer["runs"], "val_curve", "val_loss")
+        style: dict[str, Any] = {"color": named[baseline].colour, "linewidth": 0.9, "linestyle": "--"}
+        label = f"{named[baseline].label}, {longer['times']:g} times the tokens"
+        if validation.size:
+            axes.plot(tokens / 1e6, validation.mean(0), label=label, **style)
 
 
 def _differences(axes: Axes, results: dict, named: dict[str, Look]) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ... import files
 from ...errors import Failure
+from ..measure.worth import in_words
 from .figures import attending, gradient_magnitude, loss_curves, output_magnitude, runs_of, weight_grid
 from .page import document, variables
 from .pictures import heat_colours, heat_key, heat_tables, inline_svg, sketch
@@ -142,9 +143,20 @@ def _finding(results: dict, named: dict[str, Look]) -> str:
     start = f'{name} reaches the lowest loss on held-out text, <span class="number">{loss}</span> nats per token'
     if best["residual"] == base or base not in rows:
         return f"{start}."
+    plain = escape(named[str(base)].label)
     gap, verdict = _number(abs(best["val_loss"] - rows[base]["val_loss"])), _verdict(results, best["residual"])
     doubt = {"one seed": ": one seed each, so chance is not ruled out", "": ""}.get(verdict, f", {verdict}")
-    return f'{start}, <span class="number">{gap}</span> below {escape(named[str(base)].label)}{doubt}.'
+    speed, times = _number(best.get("throughput_ratio"), ".2f"), _times(results)
+    cost = f' It trains at <span class="number">{speed}</span> times the speed' if speed != DASH else ""
+    gain = (
+        f"; {plain} needs {in_words(best.get('worth'), times)} times its tokens for that loss" if cost and times else ""
+    )
+    return f'{start}, <span class="number">{gap}</span> below {plain}{doubt}.{cost}{gain}{"." if cost else ""}'
+
+
+def _times(results: dict) -> float | None:
+    """How many times as long the longer run of the baseline was."""
+    return (results.get("longer_baseline") or {}).get("times")
 
 
 def _mechanisms(named: dict[str, Look]) -> str:
@@ -179,7 +191,7 @@ def _name(named: dict[str, Look], residual: str) -> str:
 def _summary(results: dict, named: dict[str, Look]) -> str:
     base = results.get("baseline")
     losses = [row["val_loss"] for row in _rows(results, named) if _number(row.get("val_loss")) != DASH]
-    rows = []
+    times, rows = _times(results), []
     for row in _rows(results, named):
         loss = _number(row.get("val_loss"))
         if losses and row.get("val_loss") == min(losses):
@@ -190,11 +202,13 @@ def _summary(results: dict, named: dict[str, Look]) -> str:
         difference = "baseline" if is_base else _number(row.get("difference"), "+.3f")
         if not is_base and difference != DASH:
             difference += f"<small>{_verdict(results, row['residual'])}</small>"
+        worth = [in_words(row.get("worth"), times) + TIMES] if times else []
         rows.append([
-            _name(named, row["residual"]), loss, difference, _number(row.get("throughput_ratio"), ".2f", TIMES),
+            _name(named, row["residual"]), loss, difference, *worth, _number(row.get("throughput_ratio"), ".2f", TIMES),
             _bytes(row.get("peak_memory_bytes")), _count(row.get("parameters")), _count(row.get("tokens")),
         ])  # fmt: skip
-    head = ["Residual connection", "Validation loss, nats/token", "Difference to the baseline",
+    gained = ["Worth, of the baseline's tokens"] if times else []
+    head = ["Residual connection", "Validation loss, nats/token", "Difference to the baseline", *gained,
             "Tokens/s, relative", "Peak memory", "Parameters", "Training tokens"]  # fmt: skip
     return _table(head, rows)
 
@@ -215,6 +229,11 @@ def _caveat(results: dict) -> str:
         text += (
             f"Differences are taken seed by seed over {seeds} seeds; one that is no larger than the range of those "
             "differences is called <i>within the seed spread</i>, and should be read as no difference."
+        )
+    if times := _times(results):
+        text += (
+            " <i>Worth</i> is how many times its tokens the baseline needs for the same loss, by one more run of it on "
+            f"{times:g} times as many."
         )
     return f'<p class="note">{text}</p>'
 
