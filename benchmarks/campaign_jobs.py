@@ -15,7 +15,6 @@ from typing import Any
 import byte_model
 import cases
 import inference
-import rivals
 import timing
 import torch
 from cases import EPS, Bench, Variant, truth
@@ -24,6 +23,7 @@ from torch import Tensor
 
 import ops as ops_script
 from attnres import ops
+from attnres.bench import rivals
 from attnres.residual import BlockAttnRes, FullAttnRes, PreNorm
 from attnres.run import hardware
 

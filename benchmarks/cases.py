@@ -8,12 +8,12 @@ from functools import cache
 from typing import Any
 
 import byte_model
-import rivals
 import timing
 import torch
 from torch import Tensor
 
 from attnres import ops
+from attnres.bench import rivals
 
 EPS = 1e-6
 TOLERANCE = {torch.bfloat16: 0.03, torch.float32: 1e-3}  # relative, of one op

@@ -17,12 +17,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import rivals
 import timing
 import torch
 from torch.nn import functional as F
 
 from attnres import ops
+from attnres.bench import rivals
 from attnres.model import Decoder, DecoderConfig
 from attnres.run import hardware
 

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-import rivals
 import timing
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from attnres.bench import rivals
 from attnres.model import Decoder, DecoderConfig
 from attnres.run import hardware
 

@@ -20,10 +20,10 @@ from typing import Any
 
 import timing
 import torch
-from rivals import straightforward
 from torch.nn import functional as F
 
 from attnres import ops
+from attnres.bench.rivals import straightforward
 from attnres.model import Decoder, DecoderConfig
 from attnres.run import hardware
 

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import processes
-import rivals
 import timing
 import torch
 from cases import Bench, Case, Variant, add_norm, phase_1, phase_2, read
 from paths import residual_path
 
+from attnres.bench import rivals
 from attnres.run import hardware
 
 ROUNDS_BEFORE_TIMING = 3

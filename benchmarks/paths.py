@@ -8,13 +8,13 @@ from functools import cache
 from typing import Any
 
 import byte_model
-import rivals
 import timing
 import torch
 from cases import EPS, TOLERANCE, Bench, Case, Variant, truth
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from attnres.bench import rivals
 from attnres.residual import BlockAttnRes, PreNorm
 
 PATH_TOLERANCE = 3  # times that of one op, for dozens in a row: the reference itself in bf16 is at one

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import processes
-import rivals
 import timing
 import torch
 from decoders import Nets, Row, Shape, observed, shape
 from torch import Tensor
 
+from attnres.bench import rivals
 from attnres.run import hardware
 
 TOLERANCE = {torch.bfloat16: 0.1, torch.float32: 1e-3}  # relative, of gradients through dozens of layers

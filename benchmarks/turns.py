@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-import rivals
 import timing
 import torch
 import training
 from decoders import Nets, Row, Shape, observed
 from processes import Answer, Ended, Failed, Worker
 
+from attnres.bench import rivals
 from attnres.run import hardware
 
 SECONDS_TO_MEASURE = 40

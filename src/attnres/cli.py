@@ -25,6 +25,7 @@ COMMANDS = {
     "convert": ("attnres.commands.convert", "turn a pretrained Hugging Face model into an AttnRes model"),
     "lab": ("attnres.commands.lab", "repeat the paper's experiments: scaling, ablation, sweep, dynamics"),
     "eval": ("attnres.commands.eval", "measure perplexity on a file, or tasks of lm-eval"),
+    "bench": ("attnres.commands.bench", "say what depth attention costs on this machine"),
     "serve": ("attnres.commands.serve", "answer OpenAI-compatible requests with a model"),
 }
 

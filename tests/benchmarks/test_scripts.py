@@ -87,10 +87,10 @@ def bench(**rivals):
 
 def test_a_rival_that_fails_is_left_out_with_the_reason(benchmarks: Path) -> None:
     import cases
-    import rivals
     import timing
 
     import ops
+    from attnres.bench import rivals
 
     def wrong(*args):
         return 1.01 * rivals.straightforward(*args)
@@ -121,10 +121,10 @@ def test_a_rival_that_fails_is_left_out_with_the_reason(benchmarks: Path) -> Non
 
 def test_a_rival_that_overruns_in_its_rehearsal_never_runs_here(benchmarks: Path) -> None:
     import cases
-    import rivals
     import timing
 
     import ops
+    from attnres.bench import rivals
 
     def never(*args):
         raise AssertionError("called")
@@ -165,8 +165,7 @@ def test_a_spent_budget_leaves_everything_out(benchmarks: Path) -> None:
 
 
 def test_plugged_reads_are_the_rivals(benchmarks: Path) -> None:
-    import rivals
-
+    from attnres.bench import rivals
     from attnres.residual import BlockAttnRes
 
     counts = []
@@ -187,9 +186,8 @@ def test_plugged_reads_are_the_rivals(benchmarks: Path) -> None:
 
 @pytest.mark.parametrize("name", ["block_attnres", "full_attnres"])
 def test_a_plugged_rival_in_two_phases_agrees(benchmarks: Path, name: str) -> None:
-    import rivals
-
     from attnres import ops, residual
+    from attnres.bench import rivals
 
     torch.manual_seed(0)
     ours = residual.build(name, 16, 6, **({"block_size": 3} if name == "block_attnres" else {})).double()

@@ -15,7 +15,8 @@ def document(name: str, title: str, body: str, *, data: Any = None, colours: str
     """A complete HTML document that makes no request.
 
     Args:
-        name: of its style sheet and script; NAME.css follows the page.css of all pages, NAME.js runs behind the body.
+        name: of its style sheet and script; NAME.css follows the page.css of all pages, NAME.js, if there is one, runs
+            behind the body.
         title: plain text.
         body: HTML, `main` included.
         data: what the script is to find as JSON under the id "data", None for nothing.
@@ -25,7 +26,7 @@ def document(name: str, title: str, body: str, *, data: Any = None, colours: str
         ValueError: `data` holds a number that is not finite.
     """
     css = _asset("page.css") + _asset(f"{name}.css") + colours
-    script = _asset(f"{name}.js")
+    script = _asset(f"{name}.js") if resources.files(__package__).joinpath(f"{name}.js").is_file() else ""
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'"
     if data is not None:

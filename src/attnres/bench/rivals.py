@@ -23,13 +23,12 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import timing
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attnres.ops import Norm
-from attnres.residual import BlockAttnRes, DepthAttention, Residual
+from ..ops import Norm
+from ..residual import BlockAttnRes, DepthAttention, Residual
 
 Read = Callable[[Tensor, Sequence[Tensor], Tensor, float, Norm | None], Tensor]
 
@@ -57,7 +56,7 @@ def load(device: torch.device) -> tuple[dict[str, Rival], dict[str, str]]:
         except importlib.metadata.PackageNotFoundError:
             missing[name] = f"{PACKAGES[name]} is not installed"
         except Exception as error:
-            missing[name] = timing.one_line(error)
+            missing[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
     return found, missing
 
 
@@ -67,7 +66,7 @@ def package(variant: str) -> str | None:
 
 
 def versions(found: dict[str, Rival]) -> dict[str, str | None]:
-    return {name: timing.version(PACKAGES[name]) for name in found if name in PACKAGES}
+    return {name: importlib.metadata.version(PACKAGES[name]) for name in found if name in PACKAGES}
 
 
 def rms_norm(h: Tensor, norm: Norm | None) -> Tensor:
