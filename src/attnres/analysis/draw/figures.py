@@ -116,7 +116,7 @@ def _longer(axes: Axes, results: dict, named: dict[str, Look]) -> None:
     if longer and baseline in named:
         tokens, validation = _curves(longer["runs"], "val_curve", "val_loss")
         style: dict[str, Any] = {"color": named[baseline].colour, "linewidth": 0.9, "linestyle": "--"}
-        label = f"{named[baseline].label}, {longer['times']:g} times the tokens"
+        label = f"{longer['times']:g}\N{MULTIPLICATION SIGN}"
         if validation.size:
             axes.plot(tokens / 1e6, validation.mean(0), label=label, **style)
 

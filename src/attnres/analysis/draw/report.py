@@ -36,6 +36,7 @@ _MECHANISMS = {
 _READING = {
     "loss": "Lower is better. Marked lines are the loss on held-out text, faint ones the training loss; "
     "the steep start runs out of the frame.",
+    "longer": "The dashed line is the baseline in its longer run.",
     "difference": "The lower panel subtracts the baseline at the same point: below zero is a gain.",
     "output_magnitude": "How large the state is after each Transformer block. A line that keeps rising means that "
     "late layers must write ever larger outputs to be heard; one that stays bounded, or starts afresh at block borders,"
@@ -246,7 +247,7 @@ def _figure(figure: Figure, name: str, named: dict[str, Look], reading: str, css
 
 
 def _curves(results: dict, named: dict[str, Look]) -> str:
-    reading = [_READING["loss"]]
+    reading = [_READING["loss"], *[_READING["longer"]] * bool(_times(results))]
     if results.get("baseline") in named and len(named) > 1:
         reading.append(_READING["difference"])
     if len({run["seed"] for run in results["runs"]}) > 1:
