@@ -205,7 +205,8 @@ def _run(
         threads = max(1, min(torch.get_num_threads(), tokens, tokens * width * (sources + queries) // SHARE))
     given = (*fields, *table)
     addresses = [0 if t is None else t.data_ptr() for t in given]
-    if tokens and width and addresses.count(0) > given.count(None):
+    missing = sum(t is None for t in given)  # count(None) would ask every tensor whether it equals None
+    if tokens and width and addresses.count(0) > missing:
         raise ValueError("the native backend was given a tensor whose memory has been freed")
     call = struct.pack(
         f"6q3d{len(addresses)}q",
