@@ -164,6 +164,7 @@ def test_a_converted_model_is_seen_like_a_native_one(name, options, tokens):
     assert torch.allclose(equal.mixing, standard)  # the conversion is the plain sum
     values = numbers(equal, model, tokens.tolist(), ByteTokenizer(), residual=name, name="x", command="")
     assert [read["kind"] for read in values["reads"]] == [*["attention", "MLP"] * 3, "output"]
+    assert page(values).count("<main") == 1
     torch.nn.init.normal_(model.model.residual.pseudo_query)
     moved = inspect(model, tokens)
     assert moved.source_change.abs().max() > 1e-6 and not torch.allclose(moved.mixing, standard)

@@ -189,7 +189,7 @@ def _skips(reads: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _packed(weights: Sequence[Sequence[Sequence[float]]]) -> tuple[list[str], list[float]]:
     """([base64 of little-endian uint16, [sources, tokens]] per read, [weight at 0, weight at the largest integer])."""
     arrays = [np.array(read, dtype=np.float64) for read in weights]
-    low, high = min(0.0, *(a.min() for a in arrays)), max(1.0, *(a.max() for a in arrays))
+    low, high = min(a.min(initial=0.0) for a in arrays), max(a.max(initial=1.0) for a in arrays)
     packed = [np.rint((a - low) / (high - low) * FINEST).astype("<u2") for a in arrays]
     return [base64.b64encode(a.tobytes()).decode() for a in packed], [low, high]
 
