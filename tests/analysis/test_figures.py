@@ -71,10 +71,7 @@ def test_the_longer_baseline_is_a_thin_line_of_its_colour(results):
         run["val_curve"]["tokens"] = [2 * tokens for tokens in run["val_curve"]["tokens"]]
     results["longer_baseline"] = {"times": 2, "runs": longer}
     (line,) = [line for line in figures.loss_curves(results).axes[0].lines if line.get_linestyle() == "--"]
-    assert (
-        line.get_label() == "2\N{MULTIPLICATION SIGN}"
-        and line.get_color() == style.looks(results)["prenorm"].colour
-    )
+    assert line.get_label() == "2\N{MULTIPLICATION SIGN}" and line.get_color() == style.looks(results)["prenorm"].colour
     assert max(line.get_xdata()) == max(longer[0]["val_curve"]["tokens"]) / 1e6
 
 
