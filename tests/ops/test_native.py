@@ -244,7 +244,8 @@ def test_a_fork_of_a_process_without_threads_may_have_many():
             os._exit(int(library._threads_lost))
         assert os.waitpid(child, 0)[1] == 0
         """
-    subprocess.run([sys.executable, "-c", script], check=True)
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}  # else torch starts threads when it is imported
+    subprocess.run([sys.executable, "-c", script], check=True, env=alone)
 
 
 def test_what_does_not_fit_is_named():
