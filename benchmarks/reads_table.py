@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
@@ -160,7 +161,7 @@ def decrements(losses: Losses, length: float) -> list[tuple[float, float]]:
 def cells(form: str, row: dict[str, Any], block: dict[str, Any] | None, costs: dict[str, float]) -> list[str]:
     losses, differences, worths = row["losses"], row["differences"], row["worths"]
     found = [form, str(len(losses)), f"{mean(losses):.4f} ({min(losses):.4f} .. {max(losses):.4f})"]
-    cost = costs.get(form)
+    cost, told = costs.get(form), not math.isnan(row["worth"])
     if form == "prenorm":
         return [*found, "", "", "1", "1.00", "1.00"]
     share = f"{row['difference'] / block['difference']:.2f}" if block and block["difference"] < 0 else ""
@@ -168,7 +169,7 @@ def cells(form: str, row: dict[str, Any], block: dict[str, Any] | None, costs: d
         *found,
         f"{row['difference']:+.4f} ({min(differences):+.4f} .. {max(differences):+.4f})",
         share,
-        f"{row['worth']:.2f} ({min(worths):.2f} .. {max(worths):.2f})",
+        f"{row['worth']:.2f} ({min(worths):.2f} .. {max(worths):.2f})" if told else "",
         f"{cost:.2f}" if cost else "",
-        f"{row['worth'] / cost:.2f}" if cost else "",
+        f"{row['worth'] / cost:.2f}" if cost and told else "",
     ]
