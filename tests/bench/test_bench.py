@@ -110,6 +110,18 @@ def test_without_a_compiler_the_reason_is_told(monkeypatch):
     assert found["left_out"]["PreNorm, compiled"] == "torch.compile failed: RuntimeError"
 
 
+def test_a_rival_that_fails_is_left_out_with_the_reason(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(
+        measure.rivals, "load", lambda device: ({"liger-kernel": measure.rivals.Rival("x", broken)}, {})
+    )
+    left_out = {}
+    calls = measure._reads(Machine(device="cpu", width=64, layers=1, tokens=16, rivals=True), left_out)
+    assert [*calls] == ["straightforward", "attnres"] and left_out == {"liger-kernel": "RuntimeError: no kernel image"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -118,6 +130,9 @@ def test_without_a_compiler_the_reason_is_told(monkeypatch):
         ({"width": 100}, "width must be a multiple of 64, the size of an attention head; it is 100"),
         ({"width": -64}, "width must be a positive whole number"),
         ({"layers": 0}, "layers must be a positive whole number; it is 0"),
+        ({"width": 0}, "width must be a positive whole number; it is 0"),
+        ({"tokens": 0}, "tokens must be a positive whole number; it is 0"),
+        ({"tokens": 1000}, "tokens beyond 512 must be a multiple of it, as sequences are; it is 1000"),
         ({"tokens": -1}, "tokens must be a positive whole number; it is -1"),
         ({"minutes": 0.0}, "minutes must be positive"),
         ({"minutes": float("nan")}, "minutes must be positive"),

@@ -70,13 +70,15 @@ class Machine:
         if not 0 < self.minutes <= 1e4:
             raise UsageError(f"minutes must be positive, at most 10000; it is {self.minutes}")
         large = self.where.type == "cuda"
-        self.width = self.width or (2048 if large else 512)
-        self.tokens = self.tokens or (8192 if large else 1024)
+        self.width = (2048 if large else 512) if self.width is None else self.width
+        self.tokens = (8192 if large else 1024) if self.tokens is None else self.tokens
         if self.quick:
             self.minutes, self.layers = min(self.minutes, 0.5), min(self.layers, 4)
         check_counts(width=self.width, layers=self.layers, tokens=self.tokens)
         if self.width % 64:
             raise UsageError(f"width must be a multiple of 64, the size of an attention head; it is {self.width}")
+        if self.tokens > CONTEXT and self.tokens % CONTEXT:
+            raise UsageError(f"tokens beyond {CONTEXT} must be a multiple of it, as sequences are; it is {self.tokens}")
 
     @property
     def where(self) -> torch.device:
@@ -210,7 +212,14 @@ def _reads(machine: Machine, left_out: dict[str, str]) -> Calls:
     def call(read: rivals.Read) -> Callable[[], Any]:
         return lambda: torch.autograd.grad(read(query, sources, key_norm, 1e-6, None), leaves, direction)
 
-    return {name: call(read) for name, read in forms.items()}
+    calls = {name: call(read) for name, read in forms.items()}
+    for name in [name for name in calls if name in rivals.LOADERS]:
+        try:
+            calls[name]()
+        except Exception as error:  # of another package: any
+            left_out[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+            del calls[name]
+    return calls
 
 
 def _decoders(machine: Machine) -> dict[str, Decoder]:
