@@ -14,15 +14,16 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 
 import attnres
+from attnres.bench import clock
 from attnres.run import hardware
 
 RESULTS = Path(__file__).parent / "results"
+wall, spread = clock.milliseconds, clock.spread
 Times = dict[str, dict[str, list[float]]]
 """Milliseconds of every repeat, by variant and by part of it."""
 
@@ -49,15 +50,6 @@ def version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def wall(call: Callable[[], Any], device: torch.device) -> float:
-    """Milliseconds from an idle device to an idle device, what a user waits."""
-    hardware.synchronize(device)
-    start = time.perf_counter()
-    call()
-    hardware.synchronize(device)
-    return 1e3 * (time.perf_counter() - start)
 
 
 class Stopwatch:
@@ -112,10 +104,6 @@ def interleave(variants: dict[str, Callable[[], dict[str, float]]], repeats: int
                 for part, milliseconds in parts.items():
                     times[name].setdefault(part, []).append(milliseconds)
     return times
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": median(values), "min": min(values), "max": max(values)}
 
 
 def one_line(error: Exception) -> str:

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from attnres import ops
 from attnres.ops import dispatch
 from attnres.ops.eager import Eager
-from attnres.ops.native import build, library
+from attnres.ops.native import build, calls
 from attnres.ops.native.backend import NATIVE
 from attnres.ops.reference import Reference
 
@@ -234,14 +234,14 @@ def test_a_fork_of_a_process_without_threads_may_have_many():
     script = """if True:
         import os, signal, torch
         from attnres import ops
-        from attnres.ops.native import library
+        from attnres.ops.native import calls
         child = os.fork()
         if child == 0:
             signal.alarm(60)
             torch.set_num_threads(2)
             rows = torch.ones(999, 64)
             ops.add_norm(rows, rows, norm=(None, 1e-6))
-            os._exit(int(library._threads_lost))
+            os._exit(int(calls._threads_lost))
         assert os.waitpid(child, 0)[1] == 0
         """
     alone = {**os.environ, "OMP_NUM_THREADS": "1"}  # else torch starts threads when it is imported
@@ -411,6 +411,6 @@ def test_import_compiles_nothing(tmp_path):
 
 def test_the_last_word_on_memory(monkeypatch):
     require_native()
-    monkeypatch.setattr(library, "library", lambda dtype: type("Full", (), {"depth_add": lambda call: 1}))
+    monkeypatch.setattr(calls, "library", lambda dtype: type("Full", (), {"depth_add": lambda call: 1}))
     with torch.no_grad(), pytest.raises(MemoryError, match="no memory"):
         NATIVE.add_norm(torch.zeros(2, 3), torch.zeros(2, 3), norm=(None, 1e-6))

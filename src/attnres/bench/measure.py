@@ -6,7 +6,7 @@ import datetime
 import importlib.metadata
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -222,9 +222,9 @@ def _reads(machine: Machine, left_out: dict[str, str]) -> Calls:
     return calls
 
 
-def _decoders(machine: Machine) -> dict[str, Decoder]:
+def _decoders(machine: Machine, titles: Iterable[str] = RESIDUALS) -> dict[str, Decoder]:
     """One for each residual connection; layers, embedding and head start alike."""
-    return {title: Decoder(_config(machine, name)).to(machine.where) for title, name in RESIDUALS.items()}
+    return {title: Decoder(_config(machine, RESIDUALS[title])).to(machine.where) for title in titles}
 
 
 def _config(machine: Machine, residual: str) -> DecoderConfig:
@@ -240,8 +240,7 @@ def _config(machine: Machine, residual: str) -> DecoderConfig:
 
 def _steps(machine: Machine, compiled: tuple[str, ...] | None = None) -> Calls:
     """Forward and backward; compiled: these models alone, by torch.compile."""
-    models = _decoders(machine)
-    names = compiled or tuple(models)
+    models = _decoders(machine, compiled or RESIDUALS)
     context = min(CONTEXT, machine.tokens or 0)
     rows = max(1, (machine.tokens or 0) // context)
     ids = torch.randint(0, 257, (rows, context), generator=torch.Generator().manual_seed(0)).to(machine.where)
@@ -257,7 +256,7 @@ def _steps(machine: Machine, compiled: tuple[str, ...] | None = None) -> Calls:
 
         return call
 
-    return {name: step(models[name]) for name in names}
+    return {name: step(model) for name, model in models.items()}
 
 
 @torch.inference_mode()

@@ -42,7 +42,8 @@ class Experiment:
                         f"{f.name} must name at least one, each once; it is {', '.join(map(str, values))!r}"
                     )
         entries: tuple[str, ...] = getattr(self, "residuals", ())
-        if any(one in parsed[:i] for parsed in [[*map(residuals.named, entries)]] for i, one in enumerate(parsed)):
+        parsed = [residuals.named(entry) for entry in entries]
+        if any(one in parsed[:i] for i, one in enumerate(parsed)):
             raise UsageError(f"residuals must name each once; two of {', '.join(entries)!r} are the same")
         check_limits(self.jobs, self.minutes)
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..reference import Reference
-from . import library
-from .library import Form
+from . import calls
+from .calls import Form
 
 _TRUTH = Reference()
 
@@ -37,7 +37,7 @@ class Read(torch.autograd.Function):
         addend: Tensor | None,
         *sources: Tensor,
     ) -> tuple[Any, ...]:
-        outs, lse, stats, total = library.read(
+        outs, lse, stats, total = calls.read(
             form, query, key_norm, weight, prior, prior_lse, addend, sources, keep=True
         )
         read = sources if total is None else (total, *sources[1:])
@@ -58,7 +58,7 @@ class Read(torch.autograd.Function):
             given = (query, key_norm, weight, prior, prior_lse, *sources)
             slow = _by_formulas(partial(_reads, ctx.form), given, [*gradients[: count + 1], *later])
             return None, None, *slow[:5], slow[5] if ctx.added else None, *slow[5:]
-        made = library.read_backward(
+        made = calls.read_backward(
             ctx.form,
             query,
             key_norm,
@@ -91,7 +91,7 @@ class AddNorm(torch.autograd.Function):
     def forward(
         ctx: Any, stream: Tensor | None, update: Tensor, weight: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor]:
-        total, x, stats = library.add_norm(stream, update, weight, eps, keep=True)
+        total, x, stats = calls.add_norm(stream, update, weight, eps, keep=True)
         if stream is None:
             total = update
         ctx.eps, ctx.added = eps, stream is not None
@@ -109,7 +109,7 @@ class AddNorm(torch.autograd.Function):
             return made if ctx.added else None, made, dweight, None
         if dx is None:
             return dtotal if ctx.added else None, dtotal, None, None
-        made, dweight = library.add_norm_backward(total, weight, stats, dx, dtotal, ctx.eps)
+        made, dweight = calls.add_norm_backward(total, weight, stats, dx, dtotal, ctx.eps)
         return made if ctx.added else None, made, _like(dweight, weight), None
 
 
@@ -120,7 +120,7 @@ def _like(gradient: Tensor | None, tensor: Tensor | None) -> Tensor | None:
 def _beyond_c(*gradients: Tensor | None) -> bool:
     """Whether a graph of the backward pass is wanted, or many gradients go through it at once (`vmap`)."""
     return torch.is_grad_enabled() or any(
-        t is not None and library.plain(t) and not torch._C._has_storage(t) for t in gradients
+        t is not None and calls.plain(t) and not torch._C._has_storage(t) for t in gradients
     )
 
 

@@ -15,11 +15,11 @@ from torch.utils._python_dispatch import _len_torch_dispatch_stack
 from ..autograd import differentiates
 from ..backend import Backend
 from ..formulas import Norm, Prior, scaled_norm
-from . import library
+from . import calls
 from .autograd import AddNorm, Read
 from .build import TYPES
 from .build import library as compiled
-from .library import Form, plain
+from .calls import Form, plain
 
 
 class Native(Backend):
@@ -109,7 +109,7 @@ def _read(
     out, lse = prior or (None, None)
     if differentiates(query, key_norm, weight, out, lse, addend, *sources):
         return Read.apply(form, hand_on, query, key_norm, weight, out, lse, addend, *sources)
-    made = library.read(form, query, key_norm, weight, out, lse, addend, sources, keep)
+    made = calls.read(form, query, key_norm, weight, out, lse, addend, sources, keep)
     outs = [sources[0].view_as(sources[0]) if row is None else row for row in made.outs]
     handed_on = sources if made.total is None else (made.total, *sources[1:])
     return *outs, made.lse, made.stats, *(handed_on if hand_on else ())  # type: ignore[return-value, arg-type]
@@ -118,5 +118,5 @@ def _read(
 def _add_norm(stream: Tensor | None, update: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
     if differentiates(stream, update, norm[0]):
         return AddNorm.apply(stream, update, *norm)
-    total, x, _ = library.add_norm(stream, update, *norm, keep=False)
+    total, x, _ = calls.add_norm(stream, update, *norm, keep=False)
     return update if stream is None else total, x

@@ -19,7 +19,7 @@
 #define GLUE_(name, type) name##_##type
 #define GLUE(name, type) GLUE_(name, type)
 
-/* One call, as `library.py` packs it: eight bytes a field. What a call does not have is NULL. */
+/* One call, as `calls.py` packs it: eight bytes a field. What a call does not have is NULL. */
 struct call {
     int64_t tokens, width, sources, queries, threads, norm;
     double eps, scale, norm_eps;
