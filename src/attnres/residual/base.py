@@ -96,6 +96,10 @@ class Residual(nn.Module, ABC):
         """What the output head's norm sees, [..., D], through `norm` if one is given; by default one more read."""
         return self.read(state, self.num_layers, norm)[0]
 
+    def writes_behind_read(self, layer: int) -> bool:
+        """Whether a write of `layer` needs the state that its own read returned, because that read moves sums."""
+        return False
+
     @abstractmethod
     def latest(self, state: State) -> Tensor:
         """The tensor that holds the last written output, [..., D]: the stream, the partial sum or the output itself."""

@@ -185,8 +185,8 @@ class ConvertedLayer(nn.Module):
         h_mlp = residual.read(state, mlp)[0] if own else None
         h, state = residual.read(state, attention)
         state = residual.write(state, attention, self._attend(h, shards, arguments, ends))
-        if mlp in getattr(residual, "block_starts", ()) or getattr(residual, "reads", "layer") != "layer":
-            state = residual.read(state, mlp)[1]  # for the state alone: a block ends between the two outputs, or a sum
+        if residual.writes_behind_read(mlp):
+            state = residual.read(state, mlp)[1]  # for the state alone
         h_mlp = h if h_mlp is None else h_mlp
         return residual.write(state, mlp, self._feed_forward(h_mlp, shards))
 

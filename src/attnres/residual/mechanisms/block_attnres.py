@@ -148,6 +148,9 @@ class BlockAttnRes(DepthAttention):
         stream = None if state.stream is None or renewed else state.stream + output
         return state._replace(partial=_plus(state.partial, output), stream=stream)
 
+    def writes_behind_read(self, layer: int) -> bool:
+        return self._sparse or layer in self._block_end
+
     def latest(self, state: BlockState) -> Tensor:
         return self.sources(state, self.num_layers)[-1]
 

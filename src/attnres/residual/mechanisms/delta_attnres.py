@@ -83,6 +83,9 @@ class DeltaAttnRes(Residual):
             deltas, partial = (*deltas, partial), None
         return DeltaState(deltas, partial, None if self.lean or stream is None else stream + output)
 
+    def writes_behind_read(self, layer: int) -> bool:
+        return layer in self.block_starts
+
     def latest(self, state: DeltaState) -> Tensor:
         return state.deltas[-1] if state.partial is None else state.partial
 
