@@ -6,7 +6,7 @@ Processor time counts what this process used, so that others on the machine dist
 take caches and memory from it. Ratios are of two calls in the same round; their medians and extremes over the rounds
 are shown.
 - steps: forward and backward of a decoder of 12 Transformer blocks over 1024 tokens, to prenorm of PyTorch's own
-  operations ("plain") and to this library's prenorm ("fused").
+  operations ("plain") and to this library's prenorm ("fused"); of what else reads sums of sources also without C.
 - read: 9 sources [2048, 512], forward and backward, to the paper's straightforward form.
 """
 
@@ -29,6 +29,8 @@ from attnres.run import hardware
 
 BATCHES = {128: (8, 128), 512: (2, 512)}
 """Sequences and tokens of each, by width."""
+SUMS = ("delta_attnres", "lowrank_attnres", "multihead_attnres", "denseformer", "ancre", "muddformer")
+"""Further mechanisms whose reads are sums of sources."""
 CPU = torch.device("cpu")
 
 
@@ -83,6 +85,8 @@ def steps(width: int, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
         "prenorm, fused": step("prenorm"),
         "block_attnres": step("block_attnres"),
         "full_attnres": step("full_attnres"),
+        **{name: step(name) for name in SUMS},
+        **{f"{name}, without C": step(name, "eager") for name in SUMS},
     }
 
 

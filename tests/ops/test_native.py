@@ -265,15 +265,20 @@ def test_what_does_not_fit_is_named():
                 read()
         for read in (
             lambda: NATIVE.read_norm(wide, [row], torch.ones(4), 1e-6),
-            lambda: NATIVE.read_norm(torch.zeros(2, 3), [row], None, 1e-6),
             lambda: NATIVE.read_norm(wide, [row], torch.ones(1, 6), 1e-6),
             lambda: NATIVE.read_norm(wide, [row], None, 1e-6, norm=norm),
             lambda: NATIVE.add_norm(row, row, norm=norm),
-            lambda: NATIVE.inter_block(torch.zeros(3, 4), [row], None, 1e-6),
             lambda: NATIVE.merge_norm(wide, None, row, None, row, torch.zeros(1, 2), 1e-6),
+            lambda: NATIVE.weighted_sum(torch.ones(2), [row]),
+            lambda: NATIVE.weighted_sum(torch.ones(1, 3), [row]),
         ):
             with pytest.raises(ValueError, match="expects numbers"):
                 read()
+        for query in (torch.zeros(7), torch.zeros(2, 2), torch.zeros(3, 3), torch.zeros(2, 6)):
+            with pytest.raises(ValueError, match="expects queries"):
+                NATIVE.read_norm(query, [row], None, 1e-6)
+        with pytest.raises(ValueError, match="expects queries"):
+            NATIVE.inter_block(torch.zeros(3, 4), [row], None, 1e-6)
 
 
 def test_memory_that_was_freed_is_not_read():

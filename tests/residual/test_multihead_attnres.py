@@ -72,15 +72,11 @@ def test_agrees_with_the_published_function_on_every_slice():
     for p in res.parameters():
         torch.nn.init.normal_(p)
     sources = [torch.randn(2, 5, DIM) for _ in range(3)]
-    query, weight = res.rows(2)
+    (query, weight), slices = res.rows(2), [s.unflatten(-1, (2, 3)) for s in sources]
     want = torch.cat(
-        [
-            naive(query[part], [s[..., part].contiguous() for s in sources], weight[part], rms_eps=res.eps)
-            for part in (slice(0, 3), slice(3, 6))
-        ],
-        -1,
+        [naive(query[a], [s[..., a, :].contiguous() for s in slices], weight[a], rms_eps=res.eps) for a in (0, 1)], -1
     )
-    torch.testing.assert_close(res.attend(2, tuple(sources), 1.0)[0], want)
+    torch.testing.assert_close(res.single_read(tuple(sources), 2, None)[0], want)
 
 
 @pytest.mark.parametrize("heads", [0, 4, 7, -2, 1.5])

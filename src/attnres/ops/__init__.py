@@ -17,7 +17,16 @@ from torch import Tensor
 
 from .. import installation  # noqa: F401  first: it raises where another package took this one's place
 from .backend import Backend
-from .check import check_norm, check_queries, check_read, check_scale, check_sources, check_statistics, check_vectors
+from .check import (
+    check_norm,
+    check_queries,
+    check_read,
+    check_scale,
+    check_sources,
+    check_statistics,
+    check_vectors,
+    check_weights,
+)
 from .dispatch import backend, select, set_backend
 from .formulas import Norm, Prior, fold
 
@@ -36,6 +45,7 @@ __all__ = [
     "read_norm_chained",
     "rms_norm",
     "set_backend",
+    "weighted_sum",
 ]
 
 
@@ -51,12 +61,13 @@ def depth_attention(
     """One read: h = scale * sum_i softmax_i(query . RMSNorm(v_i)) v_i  (paper section 2, full attention over depth).
 
     Args:
-        query: the layer's pseudo-query, [D].
+        query: the layer's pseudo-query, [D]; [H, D / H] for H slices of the width with weights of their own (arXiv
+            2607.27230); or [r], r < D, for keys that are the last r channels of a source (arXiv 2607.09694).
         sources: n tensors [..., D] of one shape, dtype and device: the embedding and the earlier outputs or blocks.
-        key_norm: weight of the RMSNorm on the keys, [D]. Values stay un-normalised.
+        key_norm: weight of the RMSNorm on the keys, of the query's shape. Values stay un-normalised.
         eps: added to the mean square of a source before the root.
-        return_weights: also return the softmax weights [n, ...] (fp32, fp64 for fp64 inputs; without gradient on the
-            fast backends).
+        return_weights: also return the softmax weights [n, ...], with slices [n, ..., H] (fp32, fp64 for fp64 inputs;
+            without gradient on the fast backends).
         scale: multiplies the result; n puts a read on the scale of a plain residual sum.
 
     Returns h [..., D] in the dtype of the sources, or (h, weights). Raises ValueError naming the argument that does not
@@ -64,7 +75,7 @@ def depth_attention(
     """
     check_read(query, sources, key_norm)
     check_scale(eps, scale)
-    chosen = select(sources[0], len(sources))
+    chosen = select(sources[0], len(sources), query)
     if return_weights:
         return chosen.read_with_weights(query, sources, key_norm, eps, scale)
     return chosen.read_norm(query, sources, key_norm, eps, scale=scale)
@@ -131,7 +142,7 @@ def read_norm(
     """
     if _careful(sources[0]):
         check_read(query, sources, key_norm, norm)
-    return select(sources[0], len(sources)).read_norm(query, sources, key_norm, eps, scale=scale, norm=norm)
+    return select(sources[0], len(sources), query).read_norm(query, sources, key_norm, eps, scale=scale, norm=norm)
 
 
 def merge_norm(
@@ -165,6 +176,17 @@ def add_norm(stream: Tensor, update: Tensor, *, norm: Norm | None = None) -> tup
         check_sources([stream, update], "(stream, update)")
         check_norm(norm, stream)
     return select(stream).add_norm(stream, update, norm=norm)
+
+
+def weighted_sum(weights: Tensor, sources: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """(sum_i weights[i] * sources[i] [..., D], the sources for their next reader, as in `read_norm_chained`).
+
+    weights: [n] or, one a token, [n, ...]; used as they are. Raises ValueError naming the argument that does not fit.
+    """
+    if _careful(sources[0]):
+        check_sources(sources)
+        check_weights(weights, sources)
+    return select(sources[0], len(sources)).weighted_sum(weights, sources)
 
 
 def rms_norm(h: Tensor, norm: Norm) -> Tensor:
@@ -217,7 +239,7 @@ def read_norm_chained(
         if prior is not None:
             check_sources([sources[0], prior[0]], "(source, out)")
             check_statistics(prior[1], prior[0])
-    chosen = select(sources[0], len(sources))
+    chosen = select(sources[0], len(sources), query)
     return chosen.read_norm_chained(query, sources, key_norm, eps, scale=scale, norm=norm, prior=prior)
 
 

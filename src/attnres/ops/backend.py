@@ -17,6 +17,8 @@ from .formulas import Norm, Prior, scaled_norm
 class Backend(ABC):
     two_phase_pays = False
     """Whether one phase 1 a block costs less than its layers' reads, in training too."""
+    takes_slices = False
+    """Whether single reads take queries of a part of the width; the formulas serve where they do not."""
 
     def declines(self, source: Tensor, num_sources: int) -> str | None:
         """Why it cannot serve a call with so many sources like `source`, in a sentence; None where it can."""
@@ -81,6 +83,10 @@ class Backend(ABC):
         """(stream + update, its norm)."""
         total = stream + update
         return total, self.rms_norm(total, norm)
+
+    def weighted_sum(self, weights: Tensor, sources: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """(sum_i weights[i] * sources[i], the sources for their next reader); weights [n] or [n, ...]."""
+        return formulas.mix(weights, sources), list(sources)
 
     def rms_norm(self, h: Tensor, norm: Norm | None) -> Tensor:
         """RMSNorm over the last dimension; None leaves h as it is."""

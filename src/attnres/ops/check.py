@@ -46,7 +46,16 @@ def check_read(
     """Raises ValueError unless one read can be made of these; key_norm None: the query has been folded."""
     check_sources(sources)
     first = sources[0]
-    check_vectors(first.shape[-1], first.device, query=query, key_norm=query if key_norm is None else key_norm)
+    width, shape = first.shape[-1], tuple(query.shape)
+    part = shape == (min(query.numel(), width),) or (len(shape) == 2 and shape[0] * shape[1] == width)
+    alone = shape != (width,) and key_norm is not None and tuple(key_norm.shape) == (width,)
+    if not part or alone or query.numel() == 0:
+        raise ValueError(
+            f"query must have shape {width}, as the sources are wide, or with a key_norm like it [r], r below {width}, "
+            f"or [heads, {width} / heads]; it is {_say(query)}"
+        )
+    *leading, size = shape
+    check_vectors(size, first.device, (*leading,), query=query, key_norm=query if key_norm is None else key_norm)
     check_norm(norm, first)
 
 
@@ -54,6 +63,17 @@ def check_statistics(lse: Tensor, out: Tensor) -> None:
     """Raises ValueError unless lse has one entry per token of out, on the same device."""
     if lse.shape != out.shape[:-1] or lse.device != out.device:
         raise ValueError(f"lse must have shape {list(out.shape[:-1])}, that of out without its last; it is {_say(lse)}")
+
+
+def check_weights(weights: Tensor, sources: Sequence[Tensor]) -> None:
+    """Raises ValueError unless there is a weight for each source, or for each source and token, on their device."""
+    first = sources[0]
+    shapes = ((len(sources),), (len(sources), *first.shape[:-1]))
+    if tuple(weights.shape) not in shapes or weights.device != first.device:
+        raise ValueError(
+            f"weights must have shape {list(shapes[0])} or {list(shapes[1])} and be on {first.device}, as the sources "
+            f"are; they are {_say(weights)}"
+        )
 
 
 def check_norm(norm: tuple[Tensor | None, float] | None, source: Tensor) -> None:

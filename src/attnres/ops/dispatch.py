@@ -65,17 +65,20 @@ def shapes_only() -> Iterator[None]:
         _choice = before
 
 
-def select(source: Tensor, num_sources: int = 1) -> Backend:
+def select(source: Tensor, num_sources: int = 1, query: Tensor | None = None) -> Backend:
     """The backend that serves a call with so many sources like `source`.
 
+    query: of a single read, which the formulas serve if it is of a part of the width and the backend takes none such.
     Raises ValueError with its reason if one was chosen by name and declines.
     """
     if _choice == "auto":
-        return _automatic(source, num_sources)
-    chosen = _named(_choice)
-    if reason := chosen.declines(source, num_sources):
-        raise ValueError(reason)
-    return chosen
+        chosen = _automatic(source, num_sources)
+    else:
+        chosen = _named(_choice)
+        if reason := chosen.declines(source, num_sources):
+            raise ValueError(reason)
+    sliced = query is not None and query.shape != source.shape[-1:]
+    return _REFERENCE if sliced and not chosen.takes_slices else chosen
 
 
 def _automatic(source: Tensor, num_sources: int) -> Backend:

@@ -78,6 +78,8 @@ class Eager(Reference):
     def read_with_weights(
         self, query: Tensor, sources: Sequence[Tensor], key_norm: Tensor | None, eps: float, scale: float = 1.0
     ) -> tuple[Tensor, Tensor]:
+        if query.shape != sources[0].shape[-1:]:
+            return super().read_with_weights(query, sources, key_norm, eps, scale)
         folded = fold(query, key_norm, sources[0].dtype)
         if differentiates(folded, *sources):
             h, weights = _DepthAttention.apply(*distinct(folded, eps, scale, *sources))

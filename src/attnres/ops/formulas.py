@@ -34,6 +34,14 @@ def fold(query: Tensor, key_norm: Tensor | None, dtype: torch.dtype) -> Tensor:
     return folded if key_norm is None else folded * key_norm.to(folded.dtype)
 
 
+def keys(query: Tensor, sources: Sequence[Tensor]) -> Sequence[Tensor]:
+    """What of the sources a read's query meets: all for [D], [..., H, D / H] for [H, D / H], the last r channels for
+    [r]."""
+    if query.dim() > 1:
+        return [source.unflatten(-1, query.shape) for source in sources]
+    return sources if query.shape == sources[0].shape[-1:] else [source[..., -len(query) :] for source in sources]
+
+
 def logits(query: Tensor, sources: Sequence[Tensor], key_norm: Tensor | None, eps: float) -> Tensor:
     """Attention logits over depth: query, key_norm [D], sources n x [..., D] -> [n, ...]."""
     folded = fold(query, key_norm, sources[0].dtype)
@@ -45,7 +53,12 @@ def logits(query: Tensor, sources: Sequence[Tensor], key_norm: Tensor | None, ep
 
 
 def mix(weights: Tensor, sources: Sequence[Tensor]) -> Tensor:
-    """sum_i weights[i] * sources[i], summed in the statistics dtype and returned in the dtype of the sources."""
+    """sum_i weights[i] * sources[i], summed in the statistics dtype and returned in the dtype of the sources.
+
+    weights: [n], [n, ...], or [n, ..., H] for slices of the width."""
+    if weights.dim() > sources[0].dim():
+        slices = [source.unflatten(-1, (weights.shape[-1], -1)) for source in sources]
+        return mix(weights, slices).flatten(-2)
     total = weights[0].unsqueeze(-1) * sources[0].to(weights.dtype)
     for weight, source in zip(weights[1:], sources[1:], strict=True):
         total = total + weight.unsqueeze(-1) * source.to(weights.dtype)

@@ -9,14 +9,16 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .backend import Backend
-from .formulas import fold, logits, mix
+from .formulas import fold, keys, logits, mix
 
 
 class Reference(Backend):
+    takes_slices = True
+
     def read_with_weights(
         self, query: Tensor, sources: Sequence[Tensor], key_norm: Tensor | None, eps: float, scale: float = 1.0
     ) -> tuple[Tensor, Tensor]:
-        weights = logits(query, sources, key_norm, eps).softmax(0)
+        weights = logits(query, keys(query, sources), key_norm, eps).softmax(0)
         return mix(weights * scale, sources), weights
 
     def inter_block(

@@ -86,22 +86,28 @@ class DepthAttention(Residual):
         sources = self.sources(state, layer)
         if not self.reads_depth(layer):
             return sources[0].new_empty(0, *sources[0].shape[:-1])
-        if not self.fused:
+        return self.weights_over(layer, sources)
+
+    def weights_over(self, layer: int, sources: tuple[Tensor, ...]) -> Tensor:
+        """The weights of `layer` over given sources, as `depth_weights` gives them."""
+        if not self.weighing.published:
             return self.attend(layer, sources, 1.0)[1]
         query, key_norm = self.rows(layer)
-        _, weights = ops.depth_attention(query, sources, key_norm, self.eps, return_weights=True)
-        return weights
+        return ops.depth_attention(query, sources, key_norm, self.eps, return_weights=True)[1]
 
     def rows(self, first: int, last: int | None = None) -> tuple[Tensor, Tensor]:
         """(pseudo-query, key norm): [D] each for layer `first`, [last - first, D] for layers first .. last - 1.
 
-        A temperature is in the pseudo-query.
+        A temperature is in the pseudo-query. With heads a layer's rows are [H, D / H].
         """
         row = first - self.first_layer
         index = row if last is None else slice(row, last - self.first_layer)
-        query = self.pseudo_query[index]
+        query, key_norm = self.pseudo_query[index], self.key_norm[index]
+        if self.weighing.heads > 1:
+            slices = (self.weighing.heads, -1)
+            query, key_norm = query.unflatten(-1, slices), key_norm.unflatten(-1, slices)
         temperature = self.weighing.temperature
-        return query if temperature == 1.0 else query / temperature, self.key_norm[index]
+        return query if temperature == 1.0 else query / temperature, key_norm
 
     def folded_queries(self, embedding: Tensor) -> Tensor | None:
         """The products of queries and key norms, [L + 1, D], for all reads of a pass without gradients.
@@ -146,7 +152,7 @@ class DepthAttention(Residual):
         if len(sources) == 1 and self.weighing.one_source_is_itself:
             return normed(sources[0], norm), sources
         scale = self.scale(len(sources))
-        if not self.fused:
+        if not self.weighing.published:
             inside, behind = (scale, 1.0) if norm is None else (1.0, scale)
             return normed(self.attend(layer, sources, inside)[0], norm, behind), sources
         fold, inside, rest, behind = split_scaled(norm, self.dim, scale)

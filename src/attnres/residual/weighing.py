@@ -5,8 +5,8 @@
     h   = sum_i a_i v_i                      on the whole width, or on each of H slices of it with weights of its own
 
 The second form of `a` is softmax with a null source, a key and a value of zeros: a read may then be less than a mean
-(softmax1; arXiv 2605.17887 puts it into AttnRes). The published form runs on the fused ops; a temperature goes into
-its query. The other forms are plain PyTorch, for autograd to differentiate and a compiler to fuse.
+(softmax1; arXiv 2605.17887 puts it into AttnRes). The published form runs on `ops`, with heads layer by layer alone; a
+temperature goes into its query. The others are plain PyTorch, for autograd to differentiate and a compiler to fuse.
 """
 
 from __future__ import annotations
@@ -58,8 +58,13 @@ class Weighing:
 
     @property
     def fused(self) -> bool:
-        """Whether the fused ops compute it."""
-        return self == Weighing(self.dim, temperature=self.temperature)
+        """Whether the fused ops compute it, in one phase or two."""
+        return self.published and self.heads == 1
+
+    @property
+    def published(self) -> bool:
+        """Whether it is the published form, on slices of the width perhaps: `ops` has its single reads."""
+        return self == Weighing(self.dim, heads=self.heads, temperature=self.temperature)
 
     @property
     def parameters(self) -> tuple[str, ...]:

@@ -132,7 +132,7 @@ def _leaving_out(residual: DepthAttention, present: Sequence[Sequence[int]], cut
 def _weights(residual: DepthAttention, sources: Sequence[Tensor], layer: int, rows: int) -> Tensor:
     """Weights [sources, rows, T] of a read, [sources, rows, T, heads] with several heads."""
     if not residual.fused:
-        return residual.attend(layer, tuple(v.expand(rows, -1, -1) for v in sources), 1.0)[1]
+        return residual.weights_over(layer, tuple(v.expand(rows, -1, -1) for v in sources))
     query, key_norm = residual.rows(layer)
     folded, logits = formulas.fold(query, key_norm, sources[0].dtype), []
     for source in sources:

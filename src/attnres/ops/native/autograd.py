@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..formulas import mix
 from ..reference import Reference
 from . import calls
 from .calls import Form
@@ -21,8 +22,8 @@ _TRUTH = Reference()
 class Read(torch.autograd.Function):
     """S reads, their log-sum-exps [S, ...] or None, the statistics, and then the sources, if they have later readers.
 
-    query, key_norm: [S, D] or [D]. weight: of the norm that follows the first read. prior, prior_lse: what this
-    goes on from. addend: is added to the first source, and the sum handed on in its place."""
+    query, key_norm: [S, D], [D], or of a part of the width. weight: of the norm that follows the first read. prior,
+    prior_lse: what this goes on from. addend: is added to the first source, and the sum handed on in its place."""
 
     @staticmethod
     def forward(
@@ -82,6 +83,26 @@ class Read(torch.autograd.Function):
             made.sources[0] if ctx.added else None,
             *made.sources,
         )
+
+
+class Mix(torch.autograd.Function):
+    """sum_i weights[i] * sources[i], and the sources."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, *sources: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(weights, *sources)
+        return calls.mix(weights, sources), *sources
+
+    @staticmethod
+    def backward(ctx: Any, dh: Tensor | None, *later: Tensor | None) -> tuple[Any, ...]:
+        weights, *sources = ctx.saved_tensors
+        if dh is None:
+            return None, *later
+        if _beyond_c(dh, *later):
+            return tuple(_by_formulas(lambda w, *rows: [mix(w, rows), *rows], (weights, *sources), (dh, *later)))
+        dweights, made = calls.mix_backward(weights, sources, dh, later)
+        return _like(dweights, weights), *made
 
 
 class AddNorm(torch.autograd.Function):

@@ -16,7 +16,7 @@ from ..autograd import differentiates
 from ..backend import Backend
 from ..formulas import Norm, Prior, scaled_norm
 from . import calls
-from .autograd import AddNorm, Read
+from .autograd import AddNorm, Mix, Read
 from .build import TYPES
 from .build import library as compiled
 from .calls import Form, plain
@@ -24,6 +24,7 @@ from .calls import Form, plain
 
 class Native(Backend):
     two_phase_pays = True
+    takes_slices = True
 
     def declines(self, source: Tensor, num_sources: int) -> str | None:
         if not source.is_cpu:
@@ -44,8 +45,10 @@ class Native(Backend):
         self, query: Tensor, sources: Sequence[Tensor], key_norm: Tensor | None, eps: float, scale: float = 1.0
     ) -> tuple[Tensor, Tensor]:
         """The weights are without gradient."""
-        h, _, stats, *_ = _read(Form(eps, scale=scale), query, sources, key_norm, keep=True)
-        return h, stats[..., : len(sources)].softmax(-1).movedim(-1, 0)
+        form = Form(eps, scale=scale, heads=_heads(query))
+        h, _, stats, *_ = _read(form, query, sources, key_norm, keep=True)
+        weights = stats[..., : len(sources)].softmax(-1).movedim(-1, 0)
+        return h, weights.view(*weights.shape[: h.dim()], *query.shape[:-1])
 
     def inter_block(
         self, queries: Tensor, sources: Sequence[Tensor], key_norms: Tensor | None, eps: float
@@ -56,15 +59,13 @@ class Native(Backend):
         self, query: Tensor, sources: Sequence[Tensor], key_norm: Tensor | None, eps: float, *,
         scale: float = 1.0, norm: Norm | None = None, prior: Prior | None = None,
     ) -> Tensor:  # fmt: skip
-        weight, form = _form(eps, scale, norm)
-        return _read(form, query, sources, key_norm, weight, prior)[0]
+        return _single_read(query, sources, key_norm, eps, scale, norm, prior)[0]
 
     def read_norm_chained(
         self, query: Tensor, sources: Sequence[Tensor], key_norm: Tensor | None, eps: float, *,
         scale: float = 1.0, norm: Norm | None = None, prior: Prior | None = None,
     ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
-        weight, form = _form(eps, scale, norm)
-        x, _, _, *handed_on = _read(form, query, sources, key_norm, weight, prior, hand_on=True)
+        x, _, _, *handed_on = _single_read(query, sources, key_norm, eps, scale, norm, prior, hand_on=True)
         return x, handed_on
 
     def inter_block_chained(
@@ -87,11 +88,21 @@ class Native(Backend):
     def add_norm(self, stream: Tensor, update: Tensor, *, norm: Norm | None = None) -> tuple[Tensor, Tensor]:
         return super().add_norm(stream, update) if norm is None else _add_norm(stream, update, norm)
 
+    def weighted_sum(self, weights: Tensor, sources: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        if differentiates(weights, *sources):
+            h, *handed_on = Mix.apply(weights, *sources)
+            return h, handed_on
+        return calls.mix(weights, sources), list(sources)
+
     def rms_norm(self, h: Tensor, norm: Norm | None) -> Tensor:
         return h if norm is None else _add_norm(None, h, norm)[1]
 
 
 NATIVE = Native()
+
+
+def _heads(query: Tensor) -> int:
+    return 1 if query.dim() == 1 else len(query)
 
 
 def _form(eps: float, scale: float, norm: Norm | None) -> tuple[Tensor | None, Form]:
@@ -113,6 +124,19 @@ def _read(
     outs = [sources[0].view_as(sources[0]) if row is None else row for row in made.outs]
     handed_on = sources if made.total is None else (made.total, *sources[1:])
     return *outs, made.lse, made.stats, *(handed_on if hand_on else ())  # type: ignore[return-value, arg-type]
+
+
+def _single_read(
+    query: Tensor, sources: Sequence[Tensor], key_norm: Tensor | None, eps: float, scale: float, norm: Norm | None,
+    prior: Prior | None, hand_on: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    weight, form = _form(eps, scale, norm)
+    heads = _heads(query)
+    if heads == 1 or norm is None:
+        return _read(form._replace(heads=heads), query, sources, key_norm, weight, prior, hand_on=hand_on)
+    # the norm takes whole rows, of which a head has a part
+    h, *others = _read(Form(eps, heads=heads), query, sources, key_norm, prior=prior, hand_on=hand_on)
+    return _add_norm(None, h, scaled_norm(norm, scale))[1], *others
 
 
 def _add_norm(stream: Tensor | None, update: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:

@@ -43,17 +43,19 @@ if hasattr(os, "register_at_fork"):
 
 
 class Form(NamedTuple):
-    """norm_eps None: no norm follows. phase_1: log-sum-exps are wanted, and copies of an only source are not."""
+    """norm_eps None: no norm follows. phase_1: log-sum-exps are wanted, and copies of an only source are not. heads:
+    slices of the width that are read alone, by a query each."""
 
     eps: float
     norm_eps: float | None = None
     scale: float = 1.0
     phase_1: bool = False
+    heads: int = 1
 
 
 class ReadResult(NamedTuple):
     """outs: S reads, None for what is a view of the only source; lse: [S, ...]; stats: what the backward pass needs,
-    [..., logits S x n and n + 1 reciprocal roots]; total: first source + addend."""
+    [..., logits S x n and n + 1 reciprocal roots], one of them a head; total: first source + addend."""
 
     outs: list[Tensor | None]
     lse: Tensor | None
@@ -99,10 +101,18 @@ def numbers(tensor: Tensor | None, dtype: torch.dtype, shape: Sequence[int]) -> 
     return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
-def _sizes(first: Tensor, query: Tensor) -> tuple[int, int, int, torch.dtype]:
-    """(tokens, width, queries, dtype of statistics) of a read; queries are [D] or [S, D]."""
-    width = first.shape[-1]
-    return first.numel() // max(width, 1), width, 1 if query.dim() == 1 else len(query), statistics_dtype(first.dtype)
+def _sizes(form: Form, first: Tensor, query: Tensor) -> tuple[tuple[int, int, int], int]:
+    """((rows, width, channels of a key), queries) of a read; queries are [D], [S, D], [heads, D / heads], or [r].
+
+    Raises ValueError unless they fit the width."""
+    width = first.shape[-1] // form.heads
+    queries = 1 if query.dim() == 1 or form.heads > 1 else len(query)
+    keys = query.shape[-1]
+    if not (keys == width if queries > 1 or form.heads > 1 else 0 <= keys <= width) or (
+        form.heads > 1 and len(query) != form.heads
+    ):
+        raise ValueError(f"the native backend expects queries for width {width}; they are {list(query.shape)}")
+    return (first.numel() // max(width, 1), width, keys), queries
 
 
 def read(
@@ -114,18 +124,19 @@ def read(
     n = len(sources)
     given = rows([*sources, *(t for t in (prior, addend) if t is not None)])
     first = given[0]
-    tokens, width, queries, dtype = _sizes(first, query)
-    shape, leading = (width,) if query.dim() == 1 else (queries, width), first.shape[:-1]
-    q, g = numbers(query, dtype, shape), numbers(key_norm, dtype, shape)
+    sizes, queries = _sizes(form, first, query)
+    dtype, width, leading = statistics_dtype(first.dtype), first.shape[-1], first.shape[:-1]
+    q, g = numbers(query, dtype, query.shape), numbers(key_norm, dtype, query.shape)
     w, earlier = numbers(weight, dtype, (width,)), numbers(prior_lse, dtype, leading)
     total = torch.empty_like(first) if addend is not None else None
     lse = first.new_empty((queries, *leading), dtype=dtype) if form.phase_1 else None
-    stats = first.new_empty((*leading, n * (queries + 1) + 1), dtype=dtype) if keep else None
+    heads = (form.heads,) if form.heads > 1 else ()
+    stats = first.new_empty((*leading, *heads, n * (queries + 1) + 1), dtype=dtype) if keep else None
     outs: list[Tensor | None] = [torch.empty_like(first) for _ in range(queries)]
     if form.phase_1 and n == 1:
         outs = [out if i == 0 and form.norm_eps is not None else None for i, out in enumerate(outs)]
     table = [*given[: n + (prior is not None)], *outs]
-    _run("depth_read", first, form, tokens, width, n, queries, q, g, w, earlier,
+    _run("depth_read", first, form, sizes, n, queries, q, g, w, earlier,
          given[-1] if total is not None else None, total, lse, stats, None, None, None, None, None, table)  # fmt: skip
     return ReadResult(outs, lse, stats, total)
 
@@ -150,7 +161,8 @@ def read_backward(
     first = given[0]
     left = iter(rows([first, *(t for t in (*douts, *later) if t is not None)])[1:])
     gradients = [None if t is None else next(left) for t in (*douts, *later)]
-    tokens, width, queries, dtype = _sizes(first, query)
+    sizes, queries = _sizes(form, first, query)
+    dtype, width = statistics_dtype(first.dtype), first.shape[-1]
     q, g = numbers(query, dtype, query.shape), numbers(key_norm, dtype, query.shape)
     w, earlier = numbers(weight, dtype, (width,)), numbers(prior_lse, dtype, first.shape[:-1])
     assert q is not None
@@ -158,10 +170,41 @@ def read_backward(
     dw = None if w is None else torch.empty_like(w)
     dearlier = None if earlier is None else torch.empty_like(earlier)
     made = [torch.empty_like(first) for _ in given]
-    _run("depth_read_backward", first, form, tokens, width, n, queries, q, g, w, earlier, None, None, None, stats,
+    _run("depth_read_backward", first, form, sizes, n, queries, q, g, w, earlier, None, None, None, stats,
          numbers(dlse, dtype, (queries, *first.shape[:-1])), dq, dg, dw, dearlier,
          [*given, *gradients, *made])  # fmt: skip
     return ReadGradients(dq, dg, dw, None if prior is None else made[-1], dearlier, made[:n])
+
+
+def mix(weights: Tensor, sources: Sequence[Tensor]) -> Tensor:
+    """sum_i weights[i] * sources[i]; weights [n] or [n, ...]."""
+    first, *others = rows(sources)
+    made = torch.empty_like(first)
+    sizes, w = _mix_sizes(first, weights, len(sources))
+    _run("depth_mix", first, Form(0.0), sizes, len(sources), 1, w, *[None] * 12, [first, *others, made])
+    return made
+
+
+def mix_backward(
+    weights: Tensor, sources: Sequence[Tensor], dh: Tensor, later: Sequence[Tensor | None]
+) -> tuple[Tensor, list[Tensor]]:
+    """(gradient of the weights, of the sources). later: what is added to theirs."""
+    first, *others = rows([*sources, dh, *(t for t in later if t is not None)])
+    left, made = iter(others[len(sources) :]), [torch.empty_like(first) for _ in sources]
+    sizes, w = _mix_sizes(first, weights, len(sources))
+    dweights = torch.empty_like(w)
+    _run("depth_mix_backward", first, Form(0.0), sizes, len(sources), 1, w, *[None] * 8, dweights, *[None] * 3,
+         [first, *others[: len(sources)], *(None if t is None else next(left) for t in later), *made])  # fmt: skip
+    return dweights, made
+
+
+def _mix_sizes(first: Tensor, weights: Tensor, count: int) -> tuple[tuple[int, int, int], Tensor]:
+    """((rows, width, weights that serve all rows, 0 where each has its own), the weights as C takes them)."""
+    width = first.shape[-1]
+    shape = (count,) if weights.dim() == 1 else (count, *first.shape[:-1])
+    w = numbers(weights, statistics_dtype(first.dtype), shape)
+    assert w is not None
+    return (first.numel() // max(width, 1), width, count if weights.dim() == 1 else 0), w
 
 
 def add_norm(
@@ -175,7 +218,7 @@ def add_norm(
     x = torch.empty_like(first)
     stats = first.new_empty(first.shape[:-1], dtype=statistics_dtype(first.dtype)) if keep else None
     w = numbers(weight, statistics_dtype(first.dtype), (width,))
-    _run("depth_add", first, Form(0.0, eps), first.numel() // max(width, 1), width, 1, 0, None, None, w, None,
+    _run("depth_add", first, Form(0.0, eps), (first.numel() // max(width, 1), width, 0), 1, 0, None, None, w, None,
          given[-1] if total is not None else None, total, None, stats, None, None, None, None, None,
          [first, x])  # fmt: skip
     return first if total is None else total, x, stats
@@ -189,17 +232,19 @@ def add_norm_backward(
     width = first.shape[-1]
     w = numbers(weight, statistics_dtype(first.dtype), (width,))
     dw, made = None if w is None else torch.empty_like(w), torch.empty_like(first)
-    _run("depth_add_backward", first, Form(0.0, eps), first.numel() // max(width, 1), width, 1, 0, None, None, w, None,
+    sizes = (first.numel() // max(width, 1), width, 0)
+    _run("depth_add_backward", first, Form(0.0, eps), sizes, 1, 0, None, None, w, None,
          None, None, None, stats, None, None, None, dw, None,
          [first, given[0], given[1] if len(given) > 1 else None, made])  # fmt: skip
     return made, dw
 
 
 def _run(
-    name: str, first: Tensor, form: Form, tokens: int, width: int, sources: int, queries: int, *tensors: Any
+    name: str, first: Tensor, form: Form, sizes: tuple[int, int, int], sources: int, queries: int, *tensors: Any
 ) -> None:
     """One call; `tensors` are the fields of `struct call` from `query` on, the table of rows last."""
     *fields, table = tensors
+    tokens, width, keys = sizes
     threads = 1
     if not _threads_lost:
         threads = max(1, min(torch.get_num_threads(), tokens, tokens * width * (sources + queries) // SHARE))
@@ -209,8 +254,8 @@ def _run(
     if tokens and width and addresses.count(0) > missing:
         raise ValueError("the native backend was given a tensor whose memory has been freed")
     call = struct.pack(
-        f"6q3d{len(addresses)}q",
-        tokens, width, sources, queries, threads, form.norm_eps is not None,
+        f"8q3d{len(addresses)}q",
+        tokens, width, keys, form.heads, sources, queries, threads, form.norm_eps is not None,
         form.eps, form.scale, form.norm_eps or 0.0, *addresses,
     )  # fmt: skip
     if getattr(library(first.dtype), name)(call):

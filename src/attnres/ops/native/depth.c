@@ -4,6 +4,7 @@
    A token is taken at a time, so that its rows, which are read several times, stay in the first caches. With
    u = query * key_norm, r_i = 1 / sqrt(mean(v_i^2) + eps), z_i = <u, v_i> r_i and p = softmax(z), a read is
    h = scale sum_i p_i v_i. An earlier read that it goes on from, the prior, is one more row, whose logit is given.
+   With heads a token is as many rows, each with a query of its own; keys may be the last channels of a row alone.
 
    Rows are converted in registers; half precision with integers, which every compiler turns into vector instructions. */
 
@@ -21,7 +22,7 @@
 
 /* One call, as `calls.py` packs it: eight bytes a field. What a call does not have is NULL. */
 struct call {
-    int64_t tokens, width, sources, queries, threads, norm;
+    int64_t tokens, width, keys, heads, sources, queries, threads, norm; /* rows; of a row, and of these the keys' */
     double eps, scale, norm_eps;
     const void *query, *key_norm, *weight, *prior_lse, *addend;
     void *total, *lse, *stats;
@@ -107,12 +108,12 @@ INLINE double log_double(double x) { return log(x); }
 #define SUM_TWICE _Pragma("omp simd reduction(+ : s0, s1, s2, s3, q0, q1, q2, q3)")
 #define EACH _Pragma("omp simd")
 
-/* dots[i] = <v_i, x> */
-static void dot_products(const ELEMENT **rows, int64_t count, const REAL *x, int64_t width, REAL *dots)
+/* dots[i] = <v_i, x>, of v_i the channels from `from` on */
+static void dot_products(const ELEMENT **rows, int64_t count, int64_t from, const REAL *x, int64_t width, REAL *dots)
 {
     int64_t i = 0;
     for (; i + 4 <= count; i += 4) {
-        const ELEMENT *a = rows[i], *b = rows[i + 1], *c = rows[i + 2], *e = rows[i + 3];
+        const ELEMENT *a = rows[i] + from, *b = rows[i + 1] + from, *c = rows[i + 2] + from, *e = rows[i + 3] + from;
         REAL s0 = 0, s1 = 0, s2 = 0, s3 = 0;
         SUM for (int64_t d = 0; d < width; d++) {
             s0 += LOAD(a[d]) * x[d], s1 += LOAD(b[d]) * x[d], s2 += LOAD(c[d]) * x[d], s3 += LOAD(e[d]) * x[d];
@@ -120,7 +121,7 @@ static void dot_products(const ELEMENT **rows, int64_t count, const REAL *x, int
         dots[i] = s0, dots[i + 1] = s1, dots[i + 2] = s2, dots[i + 3] = s3;
     }
     for (; i < count; i++) {
-        const ELEMENT *a = rows[i];
+        const ELEMENT *a = rows[i] + from;
         REAL s0 = 0;
 #pragma omp simd reduction(+ : s0)
         for (int64_t d = 0; d < width; d++)
@@ -130,11 +131,12 @@ static void dot_products(const ELEMENT **rows, int64_t count, const REAL *x, int
 }
 
 /* The same, and squares[i] = <v_i, v_i>. */
-static void dots_and_squares(const ELEMENT **rows, int64_t count, const REAL *x, int64_t width, REAL *dots, REAL *squares)
+static void dots_and_squares(const ELEMENT **rows, int64_t count, int64_t from, const REAL *x, int64_t width, REAL *dots,
+                             REAL *squares)
 {
     int64_t i = 0;
     for (; i + 4 <= count; i += 4) {
-        const ELEMENT *a = rows[i], *b = rows[i + 1], *c = rows[i + 2], *e = rows[i + 3];
+        const ELEMENT *a = rows[i] + from, *b = rows[i + 1] + from, *c = rows[i + 2] + from, *e = rows[i + 3] + from;
         REAL s0 = 0, s1 = 0, s2 = 0, s3 = 0, q0 = 0, q1 = 0, q2 = 0, q3 = 0;
         SUM_TWICE for (int64_t d = 0; d < width; d++) {
             REAL v = LOAD(a[d]), w = LOAD(b[d]), y = LOAD(c[d]), z = LOAD(e[d]);
@@ -145,7 +147,7 @@ static void dots_and_squares(const ELEMENT **rows, int64_t count, const REAL *x,
         squares[i] = q0, squares[i + 1] = q1, squares[i + 2] = q2, squares[i + 3] = q3;
     }
     for (; i < count; i++) {
-        const ELEMENT *a = rows[i];
+        const ELEMENT *a = rows[i] + from;
         REAL s0 = 0, q0 = 0;
 #pragma omp simd reduction(+ : s0, q0)
         for (int64_t d = 0; d < width; d++) {
@@ -156,18 +158,18 @@ static void dots_and_squares(const ELEMENT **rows, int64_t count, const REAL *x,
     }
 }
 
-/* sum += sum_i weights[i] v_i */
-static void mix(const ELEMENT **rows, int64_t count, const REAL *weights, int64_t width, REAL *restrict sum)
+/* sum += sum_i weights[i] v_i, of v_i the channels from `from` on */
+static void mix(const ELEMENT **rows, int64_t count, int64_t from, const REAL *weights, int64_t width, REAL *restrict sum)
 {
     int64_t i = 0;
     for (; i + 4 <= count; i += 4) {
-        const ELEMENT *a = rows[i], *b = rows[i + 1], *c = rows[i + 2], *e = rows[i + 3];
+        const ELEMENT *a = rows[i] + from, *b = rows[i + 1] + from, *c = rows[i + 2] + from, *e = rows[i + 3] + from;
         REAL p = weights[i], q = weights[i + 1], r = weights[i + 2], s = weights[i + 3];
         EACH for (int64_t d = 0; d < width; d++)
             sum[d] += (p * LOAD(a[d]) + q * LOAD(b[d])) + (r * LOAD(c[d]) + s * LOAD(e[d]));
     }
     for (; i < count; i++) {
-        const ELEMENT *a = rows[i];
+        const ELEMENT *a = rows[i] + from;
         REAL p = weights[i];
         EACH for (int64_t d = 0; d < width; d++)
             sum[d] += p * LOAD(a[d]);
@@ -227,11 +229,14 @@ static void carry(REAL *restrict sums, REAL *restrict recent, int64_t size)
     }
 }
 
+/* Numbers of all queries. */
+#define QUERIES(call) ((call)->heads * (call)->queries * (call)->keys)
+
 /* Bytes of scratch a thread: the sums (queries and norm's weight), recent ones, a row for h and one, dh, for each query,
    and some numbers for each row and query. */
 static size_t scratch_bytes(const struct call *call)
 {
-    size_t numbers = call->width * (3 * call->queries + 4) + (call->sources + 1) * (3 * call->queries + 3);
+    size_t numbers = 2 * QUERIES(call) + call->width * (call->queries + 4) + (call->sources + 1) * (3 * call->queries + 3);
     return (numbers * sizeof(REAL) + 63) / 64 * 64;
 }
 
@@ -260,6 +265,7 @@ static void softmax(const REAL *logits, int64_t n, const REAL *prior, REAL *weig
 static void read_tokens(const struct call *call, const REAL *query, int64_t first, int64_t last, void *scratch)
 {
     const int64_t width = call->width, n = call->sources, queries = call->queries, all = n + (call->prior_lse != NULL);
+    const int64_t keys = call->keys, from = width - keys;
     const REAL *weight = call->weight, *prior_lse = call->prior_lse;
     const REAL eps = call->eps, scale = call->scale;
     void *const *results = call->rows + all;
@@ -276,14 +282,15 @@ static void read_tokens(const struct call *call, const REAL *query, int64_t firs
             rows[0] = total;
         }
         REAL *stats = call->stats ? (REAL *)call->stats + t * STATS(call) : kept, *roots = stats + queries * n;
+        const REAL *own = query + t % call->heads * keys;
         for (int64_t l = 0; l < queries; l++) {
             REAL *logits = stats + l * n;
             if (l == 0) {
-                dots_and_squares(rows, n, query, width, logits, squares);
+                dots_and_squares(rows, n, from, own, keys, logits, squares);
                 for (int64_t i = 0; i < n; i++)
-                    roots[i] = 1 / (REAL)sqrt(squares[i] / width + eps);
+                    roots[i] = 1 / (REAL)sqrt(squares[i] / keys + eps);
             } else
-                dot_products(rows, n, query + l * width, width, logits);
+                dot_products(rows, n, from, own + l * keys, keys, logits);
             for (int64_t i = 0; i < n; i++)
                 logits[i] *= roots[i];
             softmax(logits, n, prior_lse ? prior_lse + t : NULL, weights,
@@ -291,7 +298,7 @@ static void read_tokens(const struct call *call, const REAL *query, int64_t firs
             if (!results[l])
                 continue;
             memset(h, 0, width * sizeof(REAL));
-            mix(rows, all, weights, width, h);
+            mix(rows, all, 0, weights, width, h);
             ELEMENT *row = ROW(results[l], t);
             if (l == 0 && call->norm)
                 roots[n] = normalise(h, weight, call->norm_eps, width, row);
@@ -303,13 +310,26 @@ static void read_tokens(const struct call *call, const REAL *query, int64_t firs
     }
 }
 
+/* out = in + p dh; in may be NULL. */
+INLINE void pass_back(ELEMENT *restrict out, const ELEMENT *in, REAL p, const REAL *dh, int64_t width)
+{
+    if (in) {
+        EACH for (int64_t d = 0; d < width; d++)
+            out[d] = STORE(LOAD(in[d]) + p * dh[d]);
+    } else {
+        EACH for (int64_t d = 0; d < width; d++)
+            out[d] = STORE(p * dh[d]);
+    }
+}
+
 static void read_tokens_backward(const struct call *call, const REAL *query, int64_t first, int64_t last, void *scratch)
 {
     const int64_t width = call->width, n = call->sources, queries = call->queries, all = n + (call->prior_lse != NULL);
+    const int64_t keys = call->keys, from = width - keys, size = QUERIES(call);
     const REAL *weight = call->weight, *prior_lse = call->prior_lse;
     const REAL scale = call->scale;
     void *const *gradients = call->rows + all, *const *later = gradients + queries, *const *results = later + n;
-    REAL *sums = scratch, *recent = sums + (queries + 1) * width, *h = recent + (queries + 1) * width;
+    REAL *sums = scratch, *recent = sums + size + width, *h = recent + size + width;
     REAL *dh = h + width, *along_row = dh + queries * width, *along_query = along_row + all, *shares = along_query + all * queries,
          *gains = shares + all * queries;
     const ELEMENT *rows[all];
@@ -317,6 +337,7 @@ static void read_tokens_backward(const struct call *call, const REAL *query, int
         for (int64_t i = 0; i < all; i++)
             rows[i] = ROW(call->rows[i], t), along_row[i] = 0;
         const REAL *stats = (const REAL *)call->stats + t * STATS(call), *roots = stats + queries * n;
+        const int64_t head = t % call->heads * keys;
         for (int64_t l = 0; l < queries; l++) {
             const REAL *logits = stats + l * n;
             REAL *dx = dh + l * width, *weights = shares + l * all, *along = along_query + l * all;
@@ -325,14 +346,14 @@ static void read_tokens_backward(const struct call *call, const REAL *query, int
                 memset(dx, 0, width * sizeof(REAL));
             else if (l == 0 && call->norm) {
                 memset(h, 0, width * sizeof(REAL));
-                mix(rows, all, weights, width, h);
-                normalise_backward(ROW(gradients[l], t), h, weight, roots[n], width, dx, recent + queries * width);
+                mix(rows, all, 0, weights, width, h);
+                normalise_backward(ROW(gradients[l], t), h, weight, roots[n], width, dx, recent + size);
             } else {
                 const ELEMENT *row = ROW(gradients[l], t);
                 EACH for (int64_t d = 0; d < width; d++)
                     dx[d] = LOAD(row[d]) * scale;
             }
-            dot_products(rows, all, dx, width, gains); /* the gradients of the weights */
+            dot_products(rows, all, 0, dx, width, gains); /* the gradients of the weights */
             REAL mean = call->dlse ? -((const REAL *)call->dlse)[l * call->tokens + t] : 0;
             for (int64_t i = 0; i < all; i++)
                 mean += weights[i] * gains[i];
@@ -343,25 +364,26 @@ static void read_tokens_backward(const struct call *call, const REAL *query, int
                     break;
                 }
                 along[i] = dlogit * roots[i];
-                along_row[i] -= dlogit * logits[i] * roots[i] * roots[i] / width;
+                along_row[i] -= dlogit * logits[i] * roots[i] * roots[i] / keys;
             }
-            mix(rows, n, along, width, recent + l * width);
+            mix(rows, n, from, along, keys, recent + head + l * keys);
         }
         for (int64_t i = 0; i < all; i++) {
             const ELEMENT *v = rows[i], *in = i < n && later[i] ? ROW(later[i], t) : NULL;
             ELEMENT *restrict out = ROW(results[i], t);
             REAL a = along_row[i];
-            if (i == n) {
-                EACH for (int64_t d = 0; d < width; d++)
-                    out[d] = STORE(shares[n] * dh[d]);
-            } else if (queries == 1) {
+            if (i == n)
+                pass_back(out, NULL, shares[n], dh, width);
+            else if (queries == 1) {
+                const REAL *own = query + head;
                 REAL p = shares[i], q = along_query[i];
+                pass_back(out, in, p, dh, from);
                 if (in) {
-                    EACH for (int64_t d = 0; d < width; d++)
-                        out[d] = STORE(LOAD(in[d]) + p * dh[d] + q * query[d] + a * LOAD(v[d]));
+                    EACH for (int64_t d = from; d < width; d++)
+                        out[d] = STORE(LOAD(in[d]) + p * dh[d] + q * own[d - from] + a * LOAD(v[d]));
                 } else {
-                    EACH for (int64_t d = 0; d < width; d++)
-                        out[d] = STORE(p * dh[d] + q * query[d] + a * LOAD(v[d]));
+                    EACH for (int64_t d = from; d < width; d++)
+                        out[d] = STORE(p * dh[d] + q * own[d - from] + a * LOAD(v[d]));
                 }
             } else {
                 EACH for (int64_t d = 0; d < width; d++)
@@ -377,7 +399,50 @@ static void read_tokens_backward(const struct call *call, const REAL *query, int
             }
         }
         if ((t - first) % FEW_TOKENS == FEW_TOKENS - 1 || t == last - 1)
-            carry(sums, recent, (queries + 1) * width);
+            carry(sums, recent, size + width);
+    }
+}
+
+/* h = sum_i w_i v_i. Weights: `keys` of them, one a source, or with keys = 0 one a source and row. */
+static void mix_tokens(const struct call *call, const REAL *query, int64_t first, int64_t last, void *scratch)
+{
+    const int64_t width = call->width, n = call->sources;
+    REAL *h = scratch, *weights = h + width;
+    const ELEMENT *rows[n];
+    for (int64_t t = first; t < last; t++) {
+        for (int64_t i = 0; i < n; i++)
+            rows[i] = ROW(call->rows[i], t), weights[i] = call->keys ? query[i] : query[i * call->tokens + t];
+        memset(h, 0, width * sizeof(REAL));
+        mix(rows, n, 0, weights, width, h);
+        ELEMENT *row = ROW(call->rows[n], t);
+        EACH for (int64_t d = 0; d < width; d++)
+            row[d] = STORE(h[d]);
+    }
+}
+
+static void mix_tokens_backward(const struct call *call, const REAL *query, int64_t first, int64_t last, void *scratch)
+{
+    const int64_t width = call->width, n = call->sources, keys = call->keys;
+    void *const *later = call->rows + n + 1, *const *results = later + n;
+    REAL *sums = scratch, *recent = sums + keys, *dh = recent + keys, *gains = dh + width, *each = call->dquery;
+    const ELEMENT *rows[n];
+    for (int64_t t = first; t < last; t++) {
+        const ELEMENT *gradient = ROW(call->rows[n], t);
+        EACH for (int64_t d = 0; d < width; d++)
+            dh[d] = LOAD(gradient[d]);
+        for (int64_t i = 0; i < n; i++)
+            rows[i] = ROW(call->rows[i], t);
+        dot_products(rows, n, 0, dh, width, gains);
+        for (int64_t i = 0; i < n; i++) {
+            pass_back(ROW(results[i], t), later[i] ? ROW(later[i], t) : NULL,
+                      keys ? query[i] : query[i * call->tokens + t], dh, width);
+            if (keys)
+                recent[i] += gains[i];
+            else
+                each[i * call->tokens + t] = gains[i];
+        }
+        if ((t - first) % FEW_TOKENS == FEW_TOKENS - 1 || t == last - 1)
+            carry(sums, recent, keys);
     }
 }
 
@@ -461,7 +526,7 @@ static void *zeros(size_t size)
    Returns 1 without memory. */
 static int run(const struct call *call, worker work)
 {
-    const int64_t width = call->width, size = call->queries * width;
+    const int64_t width = call->width, size = QUERIES(call);
     const size_t scratch = scratch_bytes(call);
     char *memory = zeros(call->threads * scratch + (call->key_norm ? size * sizeof(REAL) : 0));
     if (!memory)
@@ -492,5 +557,7 @@ static int run(const struct call *call, worker work)
 
 int depth_read(const struct call *call) { return run(call, read_tokens); }
 int depth_read_backward(const struct call *call) { return run(call, read_tokens_backward); }
+int depth_mix(const struct call *call) { return run(call, mix_tokens); }
+int depth_mix_backward(const struct call *call) { return run(call, mix_tokens_backward); }
 int depth_add(const struct call *call) { return run(call, add_tokens); }
 int depth_add_backward(const struct call *call) { return run(call, add_tokens_backward); }

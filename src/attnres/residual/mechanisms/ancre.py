@@ -14,8 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ... import ops
 from ...errors import UsageError
-from ...ops.formulas import mix, statistics_dtype
+from ...ops.formulas import statistics_dtype
 from ..base import normed
 from ..ragged import RaggedResidual
 from ..registry import register
@@ -66,7 +67,8 @@ class ANCRe(RaggedResidual):
             return HistoryState((*states, states[0] + output))
         logits = self.logits[str(layer)].to(statistics_dtype(output.dtype))
         weights = (logits / self.temperature).softmax(0)
-        return HistoryState((*states, mix(weights, states) + output))
+        mean, handed_on = ops.weighted_sum(weights, states)
+        return HistoryState((*handed_on, mean + output))
 
     def latest(self, state: HistoryState) -> Tensor:
         return state.states[-1]

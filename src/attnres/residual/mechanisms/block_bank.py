@@ -34,8 +34,9 @@ class DenseResidual(RaggedResidual):
         self.block_size = block_size
 
     @abstractmethod
-    def aggregate(self, bank: tuple[Tensor, ...], layer: int) -> tuple[Tensor, Tensor]:
-        """(what `layer`, a block's first or num_layers, sees; the stream that its block adds to), [..., D] each."""
+    def aggregate(self, bank: tuple[Tensor, ...], layer: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """(what `layer`, a block's first or num_layers, sees; the stream that its block adds to), [..., D] each; and
+        the bank for its next reader."""
 
     def start(self, embedding: Tensor) -> BankState:
         return BankState((embedding,), None)
@@ -43,8 +44,9 @@ class DenseResidual(RaggedResidual):
     def read(self, state: BankState, layer: int, norm: nn.Module | None = None) -> tuple[Tensor, BankState]:
         if state.stream is not None:
             return normed(state.stream, norm), state
-        h, stream = (state.bank[0], state.bank[0]) if layer == 0 else self.aggregate(state.bank, layer)
-        return normed(h, norm), BankState(state.bank, stream)
+        bank = state.bank
+        h, stream, bank = (bank[0], bank[0], bank) if layer == 0 else self.aggregate(bank, layer)
+        return normed(h, norm), BankState(bank, stream)
 
     def write(self, state: BankState, layer: int, output: Tensor) -> BankState:
         check_turn(state.stream is not None, "write", layer)

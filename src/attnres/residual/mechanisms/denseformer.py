@@ -12,8 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ... import ops
 from ...errors import check_counts
-from ...ops.formulas import mix, statistics_dtype
+from ...ops.formulas import statistics_dtype
 from ..registry import register
 from .block_bank import DenseResidual
 
@@ -58,12 +59,14 @@ class DenseFormer(DenseResidual):
         latest = self.bank_size(layer) - 1
         return range(latest % self.dilation, latest + 1, self.dilation)
 
-    def aggregate(self, bank: tuple[Tensor, ...], layer: int) -> tuple[Tensor, Tensor]:
+    def aggregate(self, bank: tuple[Tensor, ...], layer: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         if (len(bank) - 1) % self.period:
-            return bank[-1], bank[-1]
+            return bank[-1], bank[-1], bank
+        chosen = self.chosen(layer)
         weights = self.alpha[str(layer)].to(statistics_dtype(bank[0].dtype))
-        average = mix(weights, [bank[j] for j in self.chosen(layer)])
-        return average, average
+        average, read = ops.weighted_sum(weights, [bank[j] for j in chosen])
+        handed_on = dict(zip(chosen, read, strict=True))
+        return average, average, tuple(handed_on.get(j, x) for j, x in enumerate(bank))
 
     def read_flops(self, layer: int) -> int:
         if layer not in self.mixing_layers() or (self.bank_size(layer) - 1) % self.period:

@@ -9,10 +9,9 @@ pseudo-query is as much smaller. r = D is AttnRes. The paper's other form, keys 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...errors import UsageError
-from ...ops import formulas
 from ..registry import register
 from .block_attnres import BlockAttnRes
 
@@ -53,12 +52,6 @@ class LowRankAttnRes(BlockAttnRes):
         self.pseudo_query = nn.Parameter(torch.empty(num_layers + 1, rank))
         self.key_norm = nn.Parameter(torch.empty(num_layers + 1, rank))
         self.reset_parameters()
-
-    def attend(self, layer: int, sources: tuple[Tensor, ...], scale: float) -> tuple[Tensor, Tensor]:
-        query, key_norm = self.rows(layer)
-        keys = [source[..., -self.rank :] for source in sources]
-        weights = formulas.logits(query, keys, key_norm, self.eps).softmax(0)
-        return formulas.mix(weights * scale, sources), weights
 
     def read_flops(self, layer: int) -> int:
         count = self.num_sources(layer)

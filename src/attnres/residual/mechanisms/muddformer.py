@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...ops.formulas import mix
+from ... import ops
 from ..registry import register
 from ..streams import project
 from .block_bank import DenseResidual
@@ -70,9 +70,13 @@ class MUDDFormer(DenseResidual):
             dynamic = F.linear(inner, self.up[key].to(inner.dtype))
         return (dynamic.unflatten(-1, self.static[key].shape) + self.static[key]).movedim((-2, -1), (0, 1))
 
-    def aggregate(self, bank: tuple[Tensor, ...], layer: int) -> tuple[Tensor, Tensor]:
-        ways = [mix(weights, bank) for weights in self.weights(bank[-1], layer)]
-        return ways[0], ways[-1]
+    def aggregate(self, bank: tuple[Tensor, ...], layer: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        ways = []
+        for weights in self.weights(bank[-1], layer):
+            way, read = ops.weighted_sum(weights, bank)
+            ways.append(way)
+            bank = tuple(read)
+        return ways[0], ways[-1], bank
 
     def read_flops(self, layer: int) -> int:
         if layer not in self.mixing_layers():
