@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaModel, PreTra
 
 from attnres import hf
 from attnres.errors import Failure, UsageError
-from attnres.hf.convert.folder import convert_folder, sample_tokens
+from attnres.hf.convert.folder import convert_folder
+from attnres.hf.convert.proof import sample_tokens
 
 from .converted import VOCAB, build, move_queries, tokens
 

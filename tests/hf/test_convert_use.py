@@ -380,7 +380,53 @@ def test_lora_with_trainable_queries(tmp_path):
         assert torch.allclose(merged(tokens(), labels=tokens()).loss, after, atol=1e-5)
 
 
-def test_an_architecture_is_one_entry_more(monkeypatch, tmp_path):
+def doubles(module, args, output):
+    """What a base model might do between its layers, and does with a tensor alone."""
+    return 2 * output if isinstance(output, torch.Tensor) else output
+
+
+@pytest.mark.parametrize(
+    ("hook", "reason"),
+    [
+        (doubles, "computes other outputs .* no plain sum of what its decoder layers add; it was not converted"),
+        (lambda module, args, output: 2 * output, "cannot be run .*TypeError"),
+    ],
+)
+def test_a_conversion_that_is_verified_is_taken_back(hook, reason):
+    model = build("llama").train()
+    model.model.layers[1].register_forward_hook(hook)
+    ids, config = tokens(), model.config
+    with torch.no_grad():
+        expected = model(ids).logits
+    before = dict(model.state_dict())
+    with pytest.raises(UsageError, match=reason) as caught:
+        hf.convert(model, verify=True)
+    assert "\n" not in str(caught.value)
+    assert type(model).__name__ == "LlamaForCausalLM" and model.config is config and model.model.layers[0].training
+    assert {*model.state_dict()} == {*before}
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, expected)
+    model.model.layers[1]._forward_hooks.clear()
+    with torch.no_grad():
+        assert torch.allclose(hf.convert(model, verify=True)(ids).logits, model(ids).logits)
+
+
+def test_what_cannot_be_run_cannot_be_verified():
+    model = build("llama")
+    model.lm_head = None
+    with pytest.raises(UsageError, match=r"cannot be run on sample tokens .*verify=False leaves that out"):
+        hf.convert(model, verify=True)
+
+
+def test_verifying_holds_for_models_without_a_head_and_in_half_precision():
+    for dtype in (torch.float64, torch.bfloat16):
+        model = build("gpt2", dtype).base_model
+        assert hf.convert(model, verify=True) is model and model.residual is not None
+
+
+@pytest.mark.parametrize("registered", [True, False])
+def test_an_architecture_is_one_entry_more(monkeypatch, tmp_path, registered):
+    """Or none: what the entry of another type describes takes that, and is verified."""
     from transformers import HeliumConfig, HeliumForCausalLM
 
     config = HeliumConfig(
@@ -388,12 +434,12 @@ def test_an_architecture_is_one_entry_more(monkeypatch, tmp_path):
         num_key_value_heads=2, head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     original = randomise(HeliumForCausalLM(config)).eval()
-    with pytest.raises(UsageError, match="'helium' is not in the table"):
-        hf.convert(original)
-    monkeypatch.setattr(table, "ARCHITECTURES", dict(table.ARCHITECTURES))
-    table.register(Architecture("helium", "HeliumDecoderLayer"))
-    with pytest.raises(ValueError, match="already registered"):
-        table.register(Architecture("helium", "HeliumDecoderLayer"))
+    others = {key: entries for key, entries in table.ARCHITECTURES.items() if key != "helium"}
+    monkeypatch.setattr(table, "ARCHITECTURES", others)
+    if registered:
+        table.register(Architecture("helium"))
+        with pytest.raises(ValueError, match="already registered"):
+            table.register(Architecture("helium"))
     with torch.no_grad():
         expected = original(tokens()).logits
         model = hf.convert(original)

@@ -9,6 +9,8 @@ import functools
 import importlib
 import inspect
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -29,6 +31,7 @@ from transformers.models.auto import tokenization_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, model_type_to_module_name
 from transformers.utils import output_capturing
 
+from ... import json_text
 from ... import residual as residuals
 from ...errors import UsageError
 from ...residual import Residual
@@ -38,7 +41,7 @@ from ..tensor_parallel import SharesTokens
 from . import table
 from .checkpointing import non_reentrant
 from .packing import with_ends
-from .surgery import DepthStream, attach, check_whole, once_a_class
+from .surgery import DepthStream, attach, check_whole, converted_layers, once_a_class
 from .table import TYPE_PREFIX, Architecture
 
 CLASS_PREFIX = "AttnRes"
@@ -73,7 +76,7 @@ def is_converted(model: Any) -> bool:
     return model.config.model_type.startswith(TYPE_PREFIX)
 
 
-def build_residual(base: Any, entry: Architecture, name: str, options: dict[str, Any]) -> Residual:
+def build_residual(base: Any, entries: Sequence[Architecture], name: str, options: dict[str, Any]) -> Residual:
     """The residual connection for a base model: two layers, attention and MLP, for each of its decoder layers.
 
     Reads have the scale of the plain sum, which makes the conversion exact also for layers that do not normalise what
@@ -87,14 +90,13 @@ def build_residual(base: Any, entry: Architecture, name: str, options: dict[str,
     if options.get("window") is not None:
         raise UsageError("window must stay None in a conversion: the model used to read all its layers' outputs")
     options = {**options, "stream_scale": True}
-    layers = getattr(base, entry.layers)
-    if any(entry.is_parallel(layer) for layer in layers):
+    if any(entry.parallel for entry in entries):
         # parallel branches read twice before they write, and the two-phase schedule needs a write after each read
         if options.get("schedule") == "two_phase":
             raise UsageError("schedule must not be 'two_phase' for a model whose attention and MLP run in parallel")
         if options.get("schedule") in (None, "auto"):
             options["schedule"] = "layerwise"
-    return residuals.build(name, base.config.hidden_size, 2 * len(layers), **options)
+    return residuals.build(name, base.config.hidden_size, 2 * len(entries), **options)
 
 
 @once_a_class
@@ -142,7 +144,7 @@ def converted_model_class(original: Any) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.base_model is self:
             check_verbs(self.residual)
-            check_whole(self, _entry_of(self))
+            check_whole(self)
             args, kwargs = (), with_ends(self.config, {**dict(zip(names, args, strict=False)), **kwargs})
         outputs = original.forward(self, *args, **kwargs)
         return _read_streams(outputs, self.residual) if self.base_model is self else outputs
@@ -161,9 +163,9 @@ def converted_model_class(original: Any) -> Any:
         original._set_gradient_checkpointing(self, enable, *args, **kwargs)
 
     def sublayers(self: Any) -> list[nn.Module]:
-        entry = _entry_of(self)
-        layers = getattr(self, entry.layers)
-        return [getattr(layer, name) for layer in layers for name in (entry.attention_of(layer), entry.mlp)]
+        found = ((layer, layer.architecture) for layer in converted_layers(self))
+        names = ((layer, name) for layer, entry in found for name in (entry.attention, entry.mlp, entry.beside_mlp))
+        return [getattr(layer, name) for layer, name in names if name is not None]
 
     body = {
         "__module__": __name__,
@@ -186,23 +188,29 @@ def converted_model_class(original: Any) -> Any:
     return converted
 
 
-def _entry_of(base: Any) -> Architecture:
-    return table.ARCHITECTURES[base.config.model_type.removeprefix(TYPE_PREFIX)]
-
-
 def add_to_transformers(model_class: type) -> None:
     """Makes a model class an attribute of transformers, where servers look up what a config's `architectures` names."""
     for module in _MODULES:
         setattr(module, model_class.__name__, model_class)
 
 
+def base_of(model: Any) -> Any:
+    """The model without its head, also where transformers' `base_model` does not find it."""
+    base = model.base_model
+    if base is model and isinstance(getattr(model, "model", None), PreTrainedModel):
+        return model.model
+    return base
+
+
 def upgrade(model: Any) -> None:
     """Puts the residual connection that the config describes into the model and gives it its converted class."""
-    base = model.base_model
+    base = base_of(model)
+    if base is not model.base_model:
+        model.base_model_prefix = "model"  # of this instance: `base_model` finds it now
     if not isinstance(getattr(base, "residual", None), Residual):
         config = base.config
-        entry = table.find(base)
-        attach(base, build_residual(base, entry, config.residual, config.residual_options), entry)
+        entries = table.find(base)
+        attach(base, build_residual(base, entries, config.residual, config.residual_options), entries)
         base.__class__ = converted_model_class(type(base))
     model.__class__ = converted_model_class(type(model))
 
@@ -212,6 +220,17 @@ def register_architectures() -> None:
     for model_type in table.ARCHITECTURES:
         if model_type in CONFIG_MAPPING:
             converted_config_class(CONFIG_MAPPING[model_type])
+
+
+def register_stored(folder: Path) -> None:
+    """Makes AutoConfig know the converted type that a folder names, if it is of no entry of the table."""
+    try:
+        named = json_text.parse_object((folder / "config.json").read_bytes()).get("model_type")
+    except (OSError, ValueError):  # whoever reads the config says what is wrong with it
+        return
+    original = named.removeprefix(TYPE_PREFIX) if isinstance(named, str) else ""
+    if original != named and original in CONFIG_MAPPING:
+        converted_config_class(CONFIG_MAPPING[original])
 
 
 @once_a_class

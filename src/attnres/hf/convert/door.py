@@ -12,12 +12,13 @@ from typing import Any, Literal
 
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ...errors import Failure, UsageError, first_line
 from . import table
 from .checkpointing import check_checkpointing
 from .classes import (
+    base_of,
     build_residual,
     converted_config_class,
     converted_model_class,
@@ -25,9 +26,11 @@ from .classes import (
     original_class,
     register_architectures,
     register_models,
+    register_stored,
     upgrade,
 )
 from .part import places_in_outer_configs
+from .proof import Proof
 from .table import TYPE_PREFIX
 
 
@@ -37,17 +40,20 @@ def convert(
     num_blocks: int | None = None,
     *,
     block_size: int | None = None,
+    verify: bool | None = None,
     **options: Any,
 ) -> Any:
     """Replaces the residual sums of a transformers model by Attention Residuals, in place; the function stays the same.
 
     Args:
-        model: a PreTrainedModel of an architecture in `attnres.hf.convert.table`, with or without a head; also the
-            language model inside one for images and text, whose config then says so. Of a model with a head give the
-            whole.
+        model: a PreTrainedModel whose residual stream is a plain sum, with or without a head; also the language model
+            inside one for images and text, whose config then says so. Of a model with a head give the whole.
         residual: "block_attnres" or "full_attnres".
         num_blocks, block_size: for block_attnres, one of the two; the default is 8 blocks, or fewer in a shallow
             model. Sizes count layers, where each decoder layer has two, its attention and its MLP.
+        verify: run the model on a few tokens before and after, and compare outputs and the gradients at its
+            embeddings. By default what is not in `attnres.hf.convert.table`, whose entries tests prove: types that take
+            the entry of another one, and those that you registered.
         options: others of the mechanism, such as eps.
 
     Returns the model, its class now the converted one (`AttnResLlamaForCausalLM` for a `LlamaForCausalLM`), with a
@@ -55,24 +61,27 @@ def convert(
     (ones) of the base model, both [layers + 1, hidden size], in the dtype and on the device of the embedding.
 
     Raises UsageError with the reason for anything that is not such a model, is quantised, spread over devices or
-    converted already, and for sizes that do not fit; the model is then as it was.
+    converted already, for sizes that do not fit, and if the model would compute something else; it is then as it was.
     """
     _check_model(model)
-    base = model.base_model
-    entry = table.find(base)
-    check_checkpointing(getattr(base, entry.layers))
+    base = base_of(model)
+    entries = table.find(base)
+    check_checkpointing(table.layers_of(base, entries))
     places = places_in_outer_configs(model)
     sizes = {"num_blocks": num_blocks, "block_size": block_size}
     options.update({name: size for name, size in sizes.items() if size is not None})
-    mechanism = build_residual(base, entry, residual, options)
+    mechanism = build_residual(base, entries, residual, options)
     if hasattr(mechanism, "num_blocks") and block_size is None:
         options["num_blocks"] = mechanism.num_blocks
+    proof = Proof(model) if verify or (verify is None and not table.is_proven(base)) else None
     _give_own_config(model, residual, options)
-    for place in places:
-        setattr(place.config, place.name, model.config)
     upgrade(model)
     embedding = model.get_input_embeddings().weight
     base.residual.to(device=embedding.device, dtype=embedding.dtype).train(model.training)
+    if proof is not None:
+        proof.hold(model)
+    for place in places:
+        setattr(place.config, place.name, model.config)
     return model
 
 
@@ -130,6 +139,7 @@ def read_config(folder: str | Path) -> Any:
     if Path(folder).is_dir() and not (Path(folder) / "config.json").is_file():
         raise UsageError(f"{folder} is no model: it has no config.json; give the folder of a transformers model")
     register_architectures()
+    register_stored(Path(folder))
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, RecursionError) as error:
@@ -155,6 +165,11 @@ def _check_model(model: Any) -> None:
     if not isinstance(model, PreTrainedModel):
         hint = "; merge the adapter into it first" if hasattr(model, "peft_config") else ""
         raise UsageError(f"model must be a transformers PreTrainedModel; it is a {type(model).__name__}{hint}")
+    if not isinstance(model.config, type(model).config_class or PreTrainedConfig):
+        raise UsageError(
+            f"the {type(model).__name__} has a {type(model.config).__name__}, with which no folder of it could be "
+            f"loaded again; make it of a {type(model).config_class.__name__}"  # type: ignore[union-attr]
+        )
     if is_converted(model) or model.config.model_type == "attnres":
         raise UsageError(f"{type(model).__name__} has Attention Residuals already")
     if getattr(model, "peft_config", None) or getattr(model, "_hf_peft_config_loaded", False):
@@ -163,7 +178,7 @@ def _check_model(model: Any) -> None:
         raise UsageError("the model is spread over several devices; convert it on one, then load it with a device_map")
     if getattr(model.config, "quantization_config", None) is not None or getattr(model, "is_quantized", False):
         raise UsageError("the model is quantised; convert the original in full precision, then quantise the result")
-    for name, module in model.base_model.named_modules():
+    for name, module in base_of(model).named_modules():
         if _is_quantised(module):
             raise UsageError(
                 f"module {name} ({type(module).__name__}) is quantised and cannot carry training on; "

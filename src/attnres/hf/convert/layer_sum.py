@@ -22,79 +22,124 @@ if TYPE_CHECKING:
     from .table import Architecture
 
 WIDTH = 8
+SHAPE = (5, 4, WIDTH)
+"""Of the stream: more sequences than a layer expects values from a sublayer, so that none is unpacked for them."""
 FORMS: tuple[Callable[[Tensor], Any], ...] = (lambda x: x, lambda x: (x, None), lambda x: (x, None, None))
 """What attention and MLP return: their output, alone or first in a tuple."""
+
+
+class NotThisSum(UsageError):
+    """A layer computes something else than an entry says."""
 
 
 class StandIn(nn.Module):
     """In the place of a submodule: a smooth function of its own for every `number`, and `form` around the result."""
 
-    def __init__(self, number: int, form: Callable[[Tensor], Any]) -> None:
+    def __init__(self, number: int, form: Callable[[Tensor], Any], adds: bool = False) -> None:
         super().__init__()
-        self.number, self.form = number, form
+        self.number, self.form, self.adds = number, form, adds
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else kwargs["hidden_states"]
-        return self.form(torch.tanh(x @ _numbers(self.number, WIDTH, WIDTH)))
+        y = torch.tanh(x @ _numbers(self.number, WIDTH, WIDTH))
+        if self.adds:
+            y = y + (args[1] if len(args) > 1 else kwargs["residual"])
+        return self.form(y)
 
 
-def check_sum(layer: nn.Module, entry: Architecture, place: str) -> None:
-    """Raises UsageError if the layer has parameters of its own or computes another sum. place: the layer in words."""
+def check_own(layer: nn.Module, place: str) -> None:
+    """Raises UsageError if the layer has parameters of its own. place: the layer in words."""
     own = [name for name, _ in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))]
     if own:
         raise UsageError(f"{place} has {', '.join(own)} of its own, which an exact conversion does not know to use")
-    stream = _numbers(0, 2, 3, WIDTH)
-    expected = _described(layer, entry, _stand_ins(layer, entry, FORMS[0], FORMS[0]), stream)
+
+
+def check_sum(layer: nn.Module, entry: Architecture, place: str) -> None:
+    """Raises NotThisSum if the layer computes another sum. place: the layer in words."""
+    stream = _numbers(0, *SHAPE)
+    if entry.multiplier is not None and not isinstance(getattr(layer, entry.multiplier, None), int | float):
+        raise NotThisSum(
+            f"{place} has no number {entry.multiplier!r}, the factor in the entry for {entry.model_type!r}"
+        )
+    expected = _described(layer, entry, _stand_ins(entry, FORMS[0], FORMS[0]), stream)
     reasons = []
     for attention_form, mlp_form in product(FORMS, FORMS[:2]):
         try:
-            found = _computed(layer, _stand_ins(layer, entry, attention_form, mlp_form), stream)
+            found = first_of(_computed(layer, _stand_ins(entry, attention_form, mlp_form), stream))
         except Exception as error:  # code of others, which may expect another form
             reasons.append(f"{type(error).__name__}: {error}")
             continue
-        if found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-6, atol=1e-6):
+        if (
+            isinstance(found, Tensor)
+            and found.shape == expected.shape
+            and torch.allclose(found, expected, rtol=1e-6, atol=1e-6)
+        ):
             return
     if len(reasons) == len(FORMS) * 2:
-        raise UsageError(f"{place} cannot be followed ({reasons[0]}), so what it computes is not known")
-    raise UsageError(
+        raise NotThisSum(f"{place} cannot be followed ({reasons[0]}), so what it computes is not known")
+    raise NotThisSum(
         f"{place} computes another sum than the entry for {entry.model_type!r} describes: it rescales the stream or "
-        f"what is added to it, or takes its submodules in another order"
+        f"what is added to it, drops some of it at random (set its dropout to 0), or takes its submodules in another "
+        f"order"
     )
 
 
+def count_outputs(layer: nn.Module, entry: Architecture) -> int:
+    """How many values the layer returns in a tuple; 0 if it returns the stream alone."""
+    for attention_form, mlp_form in product(FORMS, FORMS[:2]):
+        try:
+            made = _computed(layer, _stand_ins(entry, attention_form, mlp_form), _numbers(0, *SHAPE))
+        except Exception:
+            continue
+        if isinstance(first_of(made), Tensor):
+            return len(made) if isinstance(made, tuple) else 0
+    return 0
+
+
+def first_of(output: Any) -> Any:
+    """What a module returns, alone or first in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 def _stand_ins(
-    layer: nn.Module, entry: Architecture, attention: Callable[[Tensor], Any], mlp: Callable[[Tensor], Any]
+    entry: Architecture, attention: Callable[[Tensor], Any], mlp: Callable[[Tensor], Any]
 ) -> dict[str, nn.Module]:
-    forms = {entry.attention_of(layer): attention, entry.mlp: mlp}
-    names = sorted(entry.submodules(layer))
-    return {name: StandIn(number, forms.get(name, FORMS[0])) for number, name in enumerate(names, 1)}
+    forms = {entry.attention: attention, entry.mlp: mlp}
+    return {
+        name: StandIn(number, forms.get(name, FORMS[0]), name in entry.adds_itself)
+        for number, name in enumerate(sorted(entry.submodules), 1)
+    }
 
 
-def _computed(layer: nn.Module, stand_ins: dict[str, nn.Module], stream: Tensor) -> Tensor:
+def _computed(layer: nn.Module, stand_ins: dict[str, nn.Module], stream: Tensor) -> Any:
     """What the layer's own forward makes of the stream, in training mode, so that its dropouts are seen."""
     hollow = copy.copy(layer)
-    hollow._modules, hollow.training = dict(stand_ins), True
+    left_out = {name: None for name, module in layer._modules.items() if module is None}
+    hollow._modules, hollow.training = {**stand_ins, **left_out}, True
     hollow.gradient_checkpointing = False  # type: ignore[assignment]
     parameters = list(inspect.signature(type(layer).forward).parameters.values())[2:]
     required = {
         p.name: None for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     }
-    output = type(layer).forward(hollow, stream, **required)
-    return output[0] if isinstance(output, tuple) else output
+    return type(layer).forward(hollow, stream, **required)
 
 
 def _described(layer: nn.Module, entry: Architecture, stand_ins: dict[str, nn.Module], stream: Tensor) -> Tensor:
     """What the entry says."""
     factor = 1.0 if entry.multiplier is None else getattr(layer, entry.multiplier)
 
-    def added(h: Tensor, *names: str | None) -> Tensor:
-        for name in names:
-            h = h if name is None else stand_ins[name](h)
-        return factor * h
+    def run(h: Tensor, *names: str | None) -> Tensor:
+        for name in (name for name in names if name is not None):
+            h = stand_ins[name](h, torch.zeros_like(h)) if name in entry.adds_itself else stand_ins[name](h)
+        return h
 
-    attention = added(stream, entry.attention_norm, entry.attention_of(layer), *entry.after_attention)
-    read = stream if entry.is_parallel(layer) else stream + attention
-    return stream + attention + added(read, entry.mlp_norm, entry.mlp, *entry.after_mlp)
+    def feed_forward(h: Tensor) -> Tensor:
+        x = run(h, entry.mlp_norm)
+        beside = 0.0 if entry.beside_mlp is None else run(x, entry.beside_mlp)
+        return factor * (run(x, entry.mlp, *entry.after_mlp) + beside)
+
+    attention = factor * run(stream, entry.attention_norm, entry.attention, *entry.after_attention)
+    return stream + attention + feed_forward(stream if entry.parallel else stream + attention)
 
 
 def _numbers(seed: int, *shape: int) -> Tensor:

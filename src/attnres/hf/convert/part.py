@@ -43,6 +43,7 @@ def _models_around(model: Any) -> list[Any]:
 
 def _holders(model: Any) -> list[Any]:
     models = [it for it in gc.get_objects() if issubclass(type(it), PreTrainedModel) and it is not model]
+    models = [it for it in models if "_modules" in vars(it)]  # not half of one, which a failed copy leaves
     return [it for it in models if any(module is model for module in it.modules())]
 
 

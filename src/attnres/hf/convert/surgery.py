@@ -7,7 +7,7 @@ layer finishes it for the final norm.
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -23,9 +23,12 @@ from ...residual.base import gather, release
 from ..residual_place import rows_on
 from ..tensor_parallel import shards_of
 from .checkpointing import non_reentrant
+from .layer_sum import count_outputs, first_of
 from .packing import ENDS, in_pieces
-from .table import Architecture
+from .table import Architecture, layers_of
 
+_CACHE = (("past_key_values", "cache_params"),)
+"""What linear attention calls the cache."""
 CHECKPOINTING = ("_gradient_checkpointing_func", "gradient_checkpointing")
 """What transformers writes into a decoder layer to have it checkpoint."""
 
@@ -93,12 +96,16 @@ class ConvertedLayer(nn.Module):
     architecture: Architecture
     argument_names: tuple[str, ...]
     """Of the original forward, after the hidden states."""
+    outputs: int
+    """How many values the original forward returns in a tuple; 0 where it returns the stream alone."""
     first: int
     """This layer's attention among all layers of the residual connection; its MLP is the one after."""
-    attention_name: str
-    """The submodule that is this layer's attention."""
-    attention_takes: tuple[str, ...] | None
-    """The arguments of the original forward that linear attention gets; None for all, as softmax attention does."""
+    attention_takes: frozenset[str]
+    """Names of the arguments that attention knows."""
+    attention_takes_any: bool
+    """Whether it takes others too."""
+    recurrent: bool
+    """Whether what stands in attention's place carries a state from token to token, which no mask stops."""
     owner: Owner
     recomputed = False
     _compiled_sublayer: Callable[..., Tensor] | None = None
@@ -114,8 +121,7 @@ class ConvertedLayer(nn.Module):
     @gradient_checkpointing.setter
     def gradient_checkpointing(self, enabled: bool) -> None:
         self.recomputed = enabled
-        layers = getattr(self.owner.model, self.architecture.layers)
-        lean = any(layer.gradient_checkpointing for layer in layers)
+        lean = any(layer.gradient_checkpointing for layer in layers_of(self.owner.model, [self.architecture]))
         for module in self.owner.model.modules():
             if isinstance(module, Residual):
                 module.lean = lean
@@ -129,7 +135,7 @@ class ConvertedLayer(nn.Module):
         self.checkpoint = non_reentrant(function)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _new_layer, (type(self).original, self.architecture), self.__getstate__()
+        return _new_layer, (type(self).original, self.architecture, self.outputs), self.__getstate__()
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compiles both sublayers with torch.compile, which takes the arguments, for all layers of a kind once.
@@ -141,7 +147,11 @@ class ConvertedLayer(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in super().__getstate__().items() if name != "_compiled_sublayer"}
 
-    def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> DepthStream | Tensor:
+    def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        stream = self._through(hidden_states, *args, **kwargs)
+        return (stream, *[None] * (self.outputs - 1)) if self.outputs else stream
+
+    def _through(self, hidden_states: Any, *args: Any, **kwargs: Any) -> DepthStream | Tensor:
         entry, attention, mlp = self.architecture, self.first, self.first + 1
         residual = residual_of(self)
         # a config says less than there are while self-speculation drafts
@@ -157,7 +167,7 @@ class ConvertedLayer(nn.Module):
             gather(residual)
         ends = kwargs.pop(ENDS, None)
         state, shards = self._state(residual, hidden_states)
-        if entry.is_parallel(self):
+        if entry.parallel:
             state = self._parallel(residual, state, shards, kwargs, ends)
         else:
             sublayers: dict[int, Callable[[Tensor], Tensor]] = {
@@ -207,21 +217,22 @@ class ConvertedLayer(nn.Module):
         return residual.start(hidden_states if shards is None else shards.own(hidden_states)), shards
 
     def _attend(self, h: Tensor, shards: TokenShards | None, arguments: dict[str, Any], ends: Tensor | None) -> Tensor:
-        entry = self.architecture
-        name = self.attention_name
-        if self.attention_takes is None:
-            ends = None  # a mask keeps sequences apart
-        else:
-            cache = {"cache_params": arguments.get("past_key_values")}
-            other = set(self.argument_names) - set(self.attention_takes)
-            arguments = {name: value for name, value in arguments.items() if name not in other} | cache
+        entry, takes = self.architecture, self.attention_takes
+        linear = "cache_params" in takes
+        names = dict((*entry.renamed, *(_CACHE if linear else ())))
+        arguments = {names.get(name, name): value for name, value in arguments.items()}
+        unknown = arguments.keys() - takes
+        if self.attention_takes_any:  # softmax attention heeds what linear attention must not be told
+            unknown &= set(self.argument_names) if linear else set()
+        arguments = {name: value for name, value in arguments.items() if name not in unknown}
         run = self._sublayer if self._compiled_sublayer is None else self._compiled_sublayer
-        return run(h, shards, entry.attention_norm, name, entry.after_attention, arguments, ends)
+        ends = ends if self.recurrent else None  # elsewhere a mask keeps sequences apart
+        return run(h, shards, entry.attention_norm, entry.attention, entry.after_attention, arguments, ends)
 
     def _feed_forward(self, h: Tensor, shards: TokenShards | None) -> Tensor:
         entry = self.architecture
         run = self._sublayer if self._compiled_sublayer is None else self._compiled_sublayer
-        return run(h, shards, entry.mlp_norm, entry.mlp, entry.after_mlp, {})
+        return run(h, shards, entry.mlp_norm, entry.mlp, entry.after_mlp, {}, beside=entry.beside_mlp)
 
     def _sublayer(
         self,
@@ -232,49 +243,59 @@ class ConvertedLayer(nn.Module):
         after: tuple[str, ...],
         arguments: dict[str, Any],
         ends: Tensor | None = None,
+        beside: str | None = None,
     ) -> Tensor:
         """What one sublayer adds to the stream that it reads as `h`; with `ends`, for each sequence on its own."""
-        sublayer: nn.Module = getattr(self, name)
         x = h if norm is None else getattr(self, norm)(h)
         x = x if shards is None else shards.gather(x)
-        output = sublayer(x, **arguments) if ends is None else in_pieces(sublayer, x, ends, arguments)
-        if isinstance(output, tuple):
-            output = output[0]
-        if shards is not None:
-            output = shards.take(sublayer, output)
+        output = self._output(name, x, shards, arguments, ends)
         for module in after:
             output = getattr(self, module)(output)
+        if beside is not None:
+            output = output + self._output(beside, x, shards, {}, None)
         if self.architecture.multiplier is not None:
             output = output * getattr(self, self.architecture.multiplier)
         # under autocast sublayers answer in half precision while the stream, as in the original, stays in its own
         return output.to(h.dtype)
 
+    def _output(
+        self, name: str, x: Tensor, shards: TokenShards | None, arguments: dict[str, Any], ends: Tensor | None
+    ) -> Tensor:
+        sublayer: nn.Module = getattr(self, name)
+        if name in self.architecture.adds_itself:
+            arguments = {**arguments, "residual": torch.zeros_like(x)}
+        output: Tensor = first_of(sublayer(x, **arguments) if ends is None else in_pieces(sublayer, x, ends, arguments))
+        output = output if output.shape[:-1] == x.shape[:-1] else output.view(*x.shape[:-1], -1)  # some answer in rows
+        return output if shards is None else shards.take(sublayer, output)
+
 
 @once_a_class
-def converted_layer_class(original: type[nn.Module], entry: Architecture) -> type[nn.Module]:
+def converted_layer_class(original: type[nn.Module], entry: Architecture, outputs: int) -> type[nn.Module]:
     """The converted form of a decoder layer class. It keeps the name, by which wrapping policies and device maps go."""
     names = tuple(inspect.signature(original.forward).parameters)[2:]
-    body: dict[str, Any] = {"original": original, "architecture": entry, "argument_names": names}
+    body: dict[str, Any] = {"original": original, "architecture": entry, "argument_names": names, "outputs": outputs}
     body |= {"__module__": __name__, "__doc__": ConvertedLayer.__doc__}
     return type(original.__name__, (ConvertedLayer, original), body)
 
 
-def _new_layer(original: type[nn.Module], entry: Architecture) -> nn.Module:
+def _new_layer(original: type[nn.Module], entry: Architecture, outputs: int) -> nn.Module:
     """A layer for pickle to fill: its class is made when needed, so pickle cannot find it by its name."""
-    converted = converted_layer_class(original, entry)
+    converted = converted_layer_class(original, entry, outputs)
     return converted.__new__(converted)
 
 
-def attach(base: Any, residual: Residual, entry: Architecture) -> None:
-    """Gives a base model the residual connection, and its decoder layers their new forward."""
+def attach(base: Any, residual: Residual, entries: Sequence[Architecture]) -> None:
+    """Gives a base model the residual connection, and its decoder layers, each with its entry, their new forward."""
     base.residual = residual
-    layers = getattr(base, entry.layers)
-    for i, layer in enumerate(layers):
-        layer.__class__ = converted_layer_class(type(layer), entry)
+    layers: Any = layers_of(base, entries)
+    kinds = getattr(base.config, "layer_types", None) or [None] * len(layers)
+    for i, (layer, entry) in enumerate(zip(layers, entries, strict=True)):
+        layer.__class__ = converted_layer_class(type(layer), entry, count_outputs(layer, entry))
         layer.first = 2 * i
-        layer.attention_name = entry.attention_of(layer)
-        takes = tuple(inspect.signature(type(getattr(layer, layer.attention_name)).forward).parameters)
-        layer.attention_takes = takes if "cache_params" in takes else None
+        parameters = inspect.signature(type(getattr(layer, entry.attention)).forward).parameters
+        layer.attention_takes = frozenset(parameters)
+        layer.attention_takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        layer.recurrent = kinds[i] == "linear_attention"
         layer.owner = Owner(base)
     for layer in layers:
         settings = {name: vars(layer).pop(name) for name in CHECKPOINTING if name in vars(layer)}
@@ -282,9 +303,14 @@ def attach(base: Any, residual: Residual, entry: Architecture) -> None:
             setattr(layer, name, value)
 
 
-def check_whole(base: Any, entry: Architecture) -> None:
+def converted_layers(base: Any) -> list[ConvertedLayer]:
+    """The decoder layers of a converted base model, in their order."""
+    return [module for module in base.modules() if isinstance(module, ConvertedLayer)]
+
+
+def check_whole(base: Any) -> None:
     """Raises UsageError if a converted base model has no longer the layers that its residual connection is made for."""
-    found, made_for = len(getattr(base, entry.layers)), base.residual.num_layers // 2
+    found, made_for = len(converted_layers(base)), base.residual.num_layers // 2
     if found != made_for:
         raise UsageError(
             f"the model has {found} decoder layers and a residual connection for {made_for}; the layers of a converted "
