@@ -1,7 +1,8 @@
 """AttnRes in the Hugging Face ecosystem: a native model, conversion of existing ones, evaluation.
 
 Importing this package registers the models with transformers: AutoConfig, AutoModel and AutoModelForCausalLM then know
-model_type "attnres" and those of converted models. Raises UsageError where transformers is missing.
+model_type "attnres" and those of converted models, and Trainer gives queries no weight decay. Raises UsageError where
+transformers is missing.
 """
 
 from ..errors import UsageError
@@ -15,6 +16,7 @@ from .configuration import AttnResConfig
 from .convert.classes import add_to_transformers
 from .convert.door import convert, load
 from .modeling import AttnResForCausalLM, AttnResModel
+from .optim import parameter_groups, spare_residuals
 
 
 def register() -> None:
@@ -30,5 +32,14 @@ def register() -> None:
 
 
 register()
+spare_residuals()
 
-__all__ = ["AttnResConfig", "AttnResForCausalLM", "AttnResModel", "convert", "load", "register"]
+__all__ = [
+    "AttnResConfig",
+    "AttnResForCausalLM",
+    "AttnResModel",
+    "convert",
+    "load",
+    "parameter_groups",
+    "register",
+]
