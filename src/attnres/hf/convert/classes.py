@@ -39,6 +39,7 @@ from ..residual_place import check_verbs
 from ..self_speculation import DraftsItself
 from ..tensor_parallel import SharesTokens
 from . import table
+from .card import write_card
 from .checkpointing import non_reentrant
 from .packing import with_ends
 from .surgery import DepthStream, attach, check_whole, converted_layers, once_a_class
@@ -167,6 +168,12 @@ def converted_model_class(original: Any) -> Any:
         names = ((layer, name) for layer, entry in found for name in (entry.attention, entry.mlp, entry.beside_mlp))
         return [getattr(layer, name) for layer, name in names if name is not None]
 
+    @functools.wraps(original.save_pretrained)
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        original.save_pretrained(self, save_directory, *args, **kwargs)
+        if (args[0] if args else kwargs.get("is_main_process", True)) and Path(save_directory).is_dir():
+            write_card(self, Path(save_directory))
+
     body = {
         "__module__": __name__,
         "__doc__": f"A {original.__name__} with Attention Residuals in the place of its residual sums.",
@@ -175,6 +182,7 @@ def converted_model_class(original: Any) -> Any:
         "_init_weights": _init_weights,
         "_set_gradient_checkpointing": _set_gradient_checkpointing,
         "sublayers": sublayers,
+        "save_pretrained": save_pretrained,
         "config_class": converted_config_class(original.config_class),
         "original": original,
     }

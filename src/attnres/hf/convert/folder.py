@@ -12,6 +12,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from ... import json_text
 from ...errors import Failure, UsageError
+from .card import write_card
 from .door import convert, load_pretrained, read_config
 from .proof import sample_tokens
 
@@ -39,7 +40,8 @@ def convert_folder(
 ) -> dict[str, Any]:
     """Converts the causal language model in folder `src` and writes it to the new folder `dst`.
 
-    What else is in the folder comes along: the tokenizer and its code, licence, model card.
+    What else is in the folder comes along: the tokenizer and its code, and the licence; a model card says what was
+    done, above the original's.
 
     The weights are written as they are stored, in their dtype. Before that the original and the converted model run
     on the same sample tokens in single precision, and `report` gets one line with the largest difference of their
@@ -126,6 +128,7 @@ def _write(model: Any, source: Path, destination: Path) -> None:
     partial = destination.with_name(f".{destination.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
+        write_card(model, partial, source)
         model.save_pretrained(partial)
         _keep_others(source, partial)
         if destination.is_dir():

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from ...errors import UsageError
 from .layer_sum import NotThisSum, check_own, check_sum
@@ -129,10 +130,35 @@ def find(base: Any) -> tuple[Architecture, ...]:
     except UsageError as error:
         if known:
             raise
+        if inner := _language_model(base):
+            raise UsageError(f"architecture {model_type!r} is made of several models; convert its {inner}") from error
         raise UsageError(
             f"architecture {model_type!r} is not in the table of attnres.hf.convert.table and like none that is "
-            f"there: {error}; if its stream is a plain sum, register(Architecture({model_type!r}, ...)) says how"
+            f"there{_nearest(base)}: {error}; if its stream is a plain sum, register(Architecture({model_type!r}, ..)) "
+            f"says how"
         ) from error
+
+
+def _nearest(base: Any) -> str:
+    """The type of the table whose layers have most names in common with those of a base model, in words."""
+    best = ("", 0)
+    for entry in (entry for entries in ARCHITECTURES.values() for entry in entries):
+        layers = base.get_submodule(entry.layers) if _has(base, entry.layers) else []
+        names = (
+            {name for name, _ in layers[0].named_children()} if isinstance(layers, nn.ModuleList) and layers else set()
+        )
+        common = len(names & entry.submodules)
+        best = max(best, (entry.model_type, common), key=lambda pair: pair[1])
+    return f" (the nearest is {best[0]!r})" if best[1] else ""
+
+
+def _language_model(base: Any) -> str | None:
+    """The first of the models within a base model that the table has, in words."""
+    for name, module in base.named_modules():
+        model_type = getattr(getattr(module, "config", None), "model_type", None)
+        if name and isinstance(module, PreTrainedModel) and model_type in ARCHITECTURES:
+            return f"{name}, a {type(module).__name__} of type {model_type!r}"
+    return None
 
 
 def layers_of(base: Any, entries: Sequence[Architecture]) -> list[nn.Module]:

@@ -1,0 +1,62 @@
+"""The model card of a converted model: what it was made of, under which licence, and how to load it."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+TAG = "attention-residuals"
+_TEXT = """
+# {name} with Attention Residuals
+
+`{name}` whose residual sums are now attention over depth ([Attention Residuals](https://arxiv.org/abs/2603.15031)):
+`{residual}`{options}. With queries at zero it computes what `{name}` does, to rounding; training takes it from there.
+
+```python
+import attnres.hf
+
+model = attnres.hf.load("this-folder")  # pip install 'attnres[hf]'
+```
+
+After `import attnres.hf` transformers' Auto classes load it too.
+"""
+
+
+def write_card(model: Any, folder: Path, source: Path | None = None) -> None:
+    """Writes README.md into the folder of a saved model, unless there is one, and copies the licence of the original.
+
+    source: the folder of the original; by default where the model was loaded from, if that is a folder. A converted
+    model's own card goes along as it is; of another its metadata and, below ours, its text are kept.
+    """
+    target, name = folder / "README.md", str(getattr(model.config, "_name_or_path", "") or "")
+    if source is None and name and Path(name).is_dir():
+        source = Path(name)
+    for licence in sorted(source.glob("LICENSE*")) if source else []:
+        if licence.is_file() and not (folder / licence.name).exists():
+            shutil.copyfile(licence, folder / licence.name)
+    if target.exists():
+        return
+    before = _card_in(source)
+    if before is not None and TAG in (before.data.get("tags") or []):
+        before.save(target)
+        return
+    name = (source.resolve().name if source else name) or model.config.original.model_type
+    data = ModelCardData(**(before.data.to_dict() if before else {}))
+    data.tags, data.library_name = [*(data.tags or []), TAG], "transformers"
+    if source is None and name == getattr(model.config, "_name_or_path", ""):
+        data.base_model = name  # of the Hub; a folder's name would mean another model there
+    options = "".join(f", {key}={value!r}" for key, value in model.config.residual_options.items())
+    text = _TEXT.format(name=name, residual=model.config.residual, options=options)
+    if before is not None and before.text.strip():
+        text += f"\n# The card of {name}\n\n{before.text.strip()}\n"
+    ModelCard(f"---\n{data.to_yaml()}\n---\n{text}", ignore_metadata_errors=True).save(target)
+
+
+def _card_in(folder: Path | None) -> ModelCard | None:
+    if folder is None or not (folder / "README.md").is_file():
+        return None
+    try:
+        return ModelCard.load(folder / "README.md", ignore_metadata_errors=True)
+    except Exception:  # whatever YAML makes of it, a card that cannot be read is no reason to refuse a model
+        return None
