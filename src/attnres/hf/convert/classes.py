@@ -28,10 +28,9 @@ from transformers import (
     processing_utils,  # noqa: F401
 )
 from transformers.models.auto import tokenization_auto
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING, model_type_to_module_name
+from transformers.models.auto.configuration_auto import model_type_to_module_name
 from transformers.utils import output_capturing
 
-from ... import json_text
 from ... import residual as residuals
 from ...errors import UsageError
 from ...residual import Residual
@@ -53,7 +52,7 @@ EXACT = ("block_attnres", "full_attnres")
 # old one, so both get the classes
 _MODULES = (transformers, sys.modules["transformers"])
 
-_AUTO_CLASSES = (
+AUTO_CLASSES = (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
@@ -123,10 +122,15 @@ def converted_config_class(original: Any) -> Any:
     }
     converted: Any = type(CLASS_PREFIX + original.__name__, (original,), body)
     globals()[converted.__name__] = converted  # where pickle looks for it, when an engine sends it to its workers
+    publish_config(converted, original)
+    return converted
+
+
+def publish_config(converted: Any, original: Any) -> None:
+    """Makes AutoConfig know a converted config class, and what transformers knows of the original by its type."""
     AutoConfig.register(converted.model_type, converted, exist_ok=True)
     _share_checkpoint_layout(original.model_type, converted.model_type)
     _share_tokenizer(original.model_type, converted.model_type)
-    return converted
 
 
 @once_a_class
@@ -186,14 +190,19 @@ def converted_model_class(original: Any) -> Any:
         "config_class": converted_config_class(original.config_class),
         "original": original,
     }
-    _share_checkpoint_layout(original.__name__, CLASS_PREFIX + original.__name__)
     generates = (DraftsItself,) if hasattr(original, "generate") else ()
     converted = type(CLASS_PREFIX + original.__name__, (*generates, SharesTokens, original), body)
     globals()[converted.__name__] = converted
+    publish_model(converted, original)
+    return converted
+
+
+def publish_model(converted: type, original: Any) -> None:
+    """Makes transformers know a converted model class, and of it what it knows of the original by its name."""
+    _share_checkpoint_layout(original.__name__, converted.__name__)
     add_to_transformers(converted)
     # transformers does this when it makes an instance, and a model converted in place was made as the original class
     dict.__setitem__(output_capturing._CAN_RECORD_REGISTRY, str(converted), original._can_record_outputs)
-    return converted
 
 
 def add_to_transformers(model_class: type) -> None:
@@ -223,24 +232,6 @@ def upgrade(model: Any) -> None:
     model.__class__ = converted_model_class(type(model))
 
 
-def register_architectures() -> None:
-    """Makes AutoConfig, and through it the AutoModel classes, know the converted form of every entry of the table."""
-    for model_type in table.ARCHITECTURES:
-        if model_type in CONFIG_MAPPING:
-            converted_config_class(CONFIG_MAPPING[model_type])
-
-
-def register_stored(folder: Path) -> None:
-    """Makes AutoConfig know the converted type that a folder names, if it is of no entry of the table."""
-    try:
-        named = json_text.parse_object((folder / "config.json").read_bytes()).get("model_type")
-    except (OSError, ValueError):  # whoever reads the config says what is wrong with it
-        return
-    original = named.removeprefix(TYPE_PREFIX) if isinstance(named, str) else ""
-    if original != named and original in CONFIG_MAPPING:
-        converted_config_class(CONFIG_MAPPING[original])
-
-
 @once_a_class
 def register_models(config_class: Any) -> None:
     """Makes the AutoModel classes know the models of one converted config class.
@@ -249,7 +240,7 @@ def register_models(config_class: Any) -> None:
     """
     if tokenizer_class := tokenization_auto.TOKENIZER_MAPPING.get(config_class.original, None):
         tokenization_auto.TOKENIZER_MAPPING.register(config_class, tokenizer_class, exist_ok=True)
-    for auto_class in _AUTO_CLASSES:
+    for auto_class in AUTO_CLASSES:
         original = auto_class._model_mapping.get(config_class.original, None)
         if isinstance(original, type):
             auto_class.register(config_class, converted_model_class(original), exist_ok=True)
@@ -288,6 +279,3 @@ def _read_streams(outputs: Any, residual: Residual) -> Any:
     if getattr(outputs, "hidden_states", None) is not None:
         outputs.hidden_states = _read_streams(outputs.hidden_states, residual)
     return outputs
-
-
-register_architectures()

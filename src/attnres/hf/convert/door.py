@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from ... import json_text
 from ...errors import Failure, UsageError, first_line
 from . import table
 from .checkpointing import check_checkpointing
@@ -24,14 +25,13 @@ from .classes import (
     converted_model_class,
     is_converted,
     original_class,
-    register_architectures,
     register_models,
-    register_stored,
     upgrade,
 )
 from .part import places_in_outer_configs
 from .proof import Proof
 from .table import TYPE_PREFIX
+from .whole import WHOLES, has_fixed_part, rebuild_whole, whole_config_class, whole_model_class
 
 
 def convert(
@@ -82,6 +82,7 @@ def convert(
         proof.hold(model)
     for place in places:
         setattr(place.config, place.name, model.config)
+        rebuild_whole(place)
     return model
 
 
@@ -138,14 +139,36 @@ def read_config(folder: str | Path) -> Any:
     """The transformers config in a model folder. Raises UsageError if there is none that can be read."""
     if Path(folder).is_dir() and not (Path(folder) / "config.json").is_file():
         raise UsageError(f"{folder} is no model: it has no config.json; give the folder of a transformers model")
-    register_architectures()
-    register_stored(Path(folder))
+    _register_stored(Path(folder))
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{folder} is no model: it has no config that can be read: {first_line(error)}") from error
     table.check_config(config)
     return config
+
+
+def register_architectures() -> None:
+    """Makes AutoConfig, and through it the AutoModel classes, know the converted form of every entry of the table, and
+    of the models around some of them."""
+    for model_type in table.ARCHITECTURES:
+        if model_type in CONFIG_MAPPING:
+            converted_config_class(CONFIG_MAPPING[model_type])
+    for model_type in WHOLES:
+        whole_config_class(CONFIG_MAPPING[model_type])
+
+
+def _register_stored(folder: Path) -> None:
+    """Makes AutoConfig know the converted type that a folder names, whatever it is."""
+    register_architectures()
+    try:
+        named = json_text.parse_object((folder / "config.json").read_bytes()).get("model_type")
+    except (OSError, ValueError):  # whoever reads the config says what is wrong with it
+        return
+    original = named.removeprefix(TYPE_PREFIX) if isinstance(named, str) else ""
+    if original != named and original in CONFIG_MAPPING and original not in table.ARCHITECTURES:
+        config_class = CONFIG_MAPPING[original]
+        (whole_config_class if has_fixed_part(config_class) else converted_config_class)(config_class)
 
 
 def _class_in(folder: str | Path) -> Any:
@@ -158,7 +181,7 @@ def _class_in(folder: str | Path) -> Any:
     original = original_class(name, type(config))
     if original is None:
         raise UsageError(f"{folder} names the model class {name!r}, which is not a converted class of transformers")
-    return converted_model_class(original)
+    return (whole_model_class if has_fixed_part(type(config).original) else converted_model_class)(original)
 
 
 def _check_model(model: Any) -> None:
@@ -203,3 +226,6 @@ def _give_own_config(model: Any, residual: str, options: dict[str, Any]) -> None
         for name, value in vars(module).items():
             if value is old:
                 vars(module)[name] = new
+
+
+register_architectures()

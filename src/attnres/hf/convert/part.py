@@ -34,6 +34,16 @@ def places_in_outer_configs(model: Any) -> list[Place]:
     return places
 
 
+def models_with(config: Any) -> list[Any]:
+    """All live models of one config."""
+    return [model for model in _living() if model.config is config]
+
+
+def _living() -> list[Any]:
+    models = [it for it in gc.get_objects() if issubclass(type(it), PreTrainedModel)]
+    return [it for it in models if "_modules" in vars(it)]  # not half of one, which a failed copy leaves
+
+
 def _models_around(model: Any) -> list[Any]:
     # a module has no link to what it is part of, so all live models are searched
     if _holders(model):
@@ -42,9 +52,7 @@ def _models_around(model: Any) -> list[Any]:
 
 
 def _holders(model: Any) -> list[Any]:
-    models = [it for it in gc.get_objects() if issubclass(type(it), PreTrainedModel) and it is not model]
-    models = [it for it in models if "_modules" in vars(it)]  # not half of one, which a failed copy leaves
-    return [it for it in models if any(module is model for module in it.modules())]
+    return [it for it in _living() if it is not model and any(module is model for module in it.modules())]
 
 
 def _same_kind(config: Any, part: Any) -> Iterator[Place]:

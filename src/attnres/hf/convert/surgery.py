@@ -310,7 +310,8 @@ def converted_layers(base: Any) -> list[ConvertedLayer]:
 
 def check_whole(base: Any) -> None:
     """Raises UsageError if a converted base model has no longer the layers that its residual connection is made for."""
-    found, made_for = len(converted_layers(base)), base.residual.num_layers // 2
+    own = converted_layers(base)
+    found, made_for = len(layers_of(base, [own[0].architecture])) if own else 0, base.residual.num_layers // 2
     if found != made_for:
         raise UsageError(
             f"the model has {found} decoder layers and a residual connection for {made_for}; the layers of a converted "
