@@ -8,6 +8,8 @@ import copy
 
 import pytest
 import torch
+import transformers
+from packaging import version
 from transformers import CONFIG_MAPPING
 
 from attnres import hf
@@ -18,6 +20,11 @@ from .tiny import TYPES, UNBUILT, build, in_double
 
 NO_CACHE = {"recurrent_gemma"}
 """Whose outputs hold no cache that a caller could give back."""
+OLDER = {
+    "lfm2_moe": "saves layer types that it does not know when it reads them",
+    "phimoe": "mixes precisions in its rotary embedding where the rest of it is in double",
+}
+"""What transformers before 5.23 does with some types."""
 PRECISE = 1e-9
 
 
@@ -56,9 +63,11 @@ def decoded(model):
 def test_is_exact_or_refused(model_type, tmp_path):
     if model_type in UNBUILT:
         pytest.skip(f"no tiny model is built: it {UNBUILT[model_type]}")
+    if model_type in OLDER and version.parse(transformers.__version__) < version.parse("5.23"):
+        pytest.skip(f"this transformers {OLDER[model_type]}")
+    original = build(model_type)
+    other = copy.deepcopy(original)
     with in_double():
-        original = build(model_type)
-        other = copy.deepcopy(original)
         try:
             model = hf.convert(copy.deepcopy(original), num_blocks=3)
         except UsageError as error:

@@ -154,8 +154,12 @@ def in_double() -> Iterator[None]:
     def softmax_wide(x: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
         return softmax(x, dim=dim, dtype=None if dtype is not None and stays(x, dtype) else dtype)
 
+    def float_wide(self: Any, *args: Any, **kwargs: Any) -> Any:
+        whole = not self.is_floating_point()  # positions, which meet frequencies in double precision
+        return self.double() if whole or self.dtype == torch.float64 else as_float(self, *args, **kwargs)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "to", to_wide)
-        patch.setattr(torch.Tensor, "float", lambda self: self if stays(self, torch.float32) else as_float(self))
+        patch.setattr(torch.Tensor, "float", float_wide)
         patch.setattr(torch.nn.functional, "softmax", softmax_wide)
         yield
