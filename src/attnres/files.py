@@ -28,6 +28,11 @@ def user_path(path: str | Path) -> Path:
         raise UsageError(f"{path} begins with a home folder that is not known here; write the path in full") from error
 
 
+def is_gguf(path: str | Path) -> bool:
+    """Whether a path is that of a model in one GGUF file."""
+    return Path(path).suffix.lower() == ".gguf" and Path(path).is_file()
+
+
 def default_cache_dir() -> Path:
     """ATTNRES_CACHE, else XDG_CACHE_HOME/attnres, else ~/.cache/attnres. Raises UsageError where there
     is no home."""

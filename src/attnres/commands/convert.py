@@ -17,7 +17,7 @@ class ConvertFlags:
     """Turn a pretrained Hugging Face model into an AttnRes model that computes the same, ready to be trained on."""
 
     src: Path = field(metadata=POSITIONAL)
-    """Folder of the model: config.json and safetensors weights."""
+    """Folder of the model: config.json and safetensors weights. Or a GGUF file, whose weights are dequantised."""
     dst: Path = field(metadata=POSITIONAL)
     """Folder to write; must not exist yet, or be empty."""
     residual: str = "block_attnres"

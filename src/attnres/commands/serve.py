@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import Failure, UsageError
+from ..files import is_gguf
 from . import flags
 from .fields import POSITIONAL
 
@@ -47,8 +48,10 @@ class ServeFlags:
 
 def run(argv: Sequence[str]) -> int:
     given = flags.parse("serve", argv, ServeFlags).make(ServeFlags)
-    if not given.model.is_dir():
-        raise UsageError(f"there is no folder {given.model}; give that of a run or of a Hugging Face model")
+    if not given.model.is_dir() and not is_gguf(given.model):
+        raise UsageError(
+            f"there is no folder {given.model}; give that of a run or of a Hugging Face model, or a GGUF file"
+        )
     _check_free(given.host, given.port)
     from ..serve import serve
 

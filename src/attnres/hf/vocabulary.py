@@ -9,12 +9,14 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from ..errors import UsageError, first_line
+from .gguf_file import place_of
 
 
 def open_tokenizer(name: str | Path) -> Any:
-    """The transformers tokenizer of a model folder or Hub name. Raises UsageError for none, or a damaged one."""
+    """The transformers tokenizer of a folder, GGUF file or Hub name. Raises UsageError for none, or a damaged one."""
+    place, more = place_of(name)
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(place, **more)
     except Exception as error:  # whatever a damaged file leads transformers and tokenizers to
         if Path(name).is_dir() and not any(Path(name).glob("tokenizer*")):
             raise UsageError(f"{name} has no tokenizer; save it there with tokenizer.save_pretrained") from error

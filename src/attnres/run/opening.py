@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from ..data.tokenizer import load_tokenizer, load_tokenizer_from
 from ..errors import Failure, UsageError
+from ..files import is_gguf
 from ..model import Decoder
 from . import hardware
 from .find import is_run, root_of
@@ -45,7 +47,7 @@ def open(
     """Opens the output of `attnres train`, a checkpoint in it, or a folder that `save_pretrained` wrote.
 
     Args:
-        path: the folder; of transformers models also a name on the Hub.
+        path: the folder; of transformers models also a GGUF file, which is dequantised, or a name on the Hub.
         device: "auto" (CUDA where there is one), "cpu", "cuda:1", ...
         dtype: of the weights, "float32", "bfloat16", ...; "auto" is what they were saved in.
         tokenizer: another than the model's own, as `attnres train --tokenizer` takes it; not with `transformers`.
@@ -58,7 +60,7 @@ def open(
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise UsageError(f"dtype must be auto or a torch dtype such as bfloat16; it is {dtype!r}")
     where = hardware.find_device(device)
-    if transformers or not is_run(path):
+    if transformers or is_gguf(path) or not is_run(path):
         model, kind = _in_transformers(path, dtype, transformers, pretrained)
     else:
         model, kind = _decoder(Path(path), dtype), "run"
@@ -78,7 +80,7 @@ def _decoder(path: Path, dtype: str) -> Decoder:
 
 
 def _in_transformers(path: str | Path, dtype: str, of_run: bool, pretrained: bool) -> tuple[nn.Module, Kind]:
-    if not of_run and not os.path.exists(Path(path) / "config.json"):
+    if not of_run and not os.path.exists(Path(path) / "config.json") and not is_gguf(path):
         raise UsageError(
             f"{path} is not a run: it has no config.json; give the --out of an `attnres train`, or the folder of a "
             "native or converted model"
@@ -86,7 +88,7 @@ def _in_transformers(path: str | Path, dtype: str, of_run: bool, pretrained: boo
     from ..hf import AttnResForCausalLM, load
     from ..hf.convert import door
 
-    if is_run(path):
+    if not is_gguf(path) and is_run(path):
         return AttnResForCausalLM.from_run(path, dtype=dtype), "run"
     kind = door.kind_of(door.read_config(path))
     if kind == "pretrained" and pretrained:
@@ -103,10 +105,18 @@ def _tokenizer(folder: str | Path, model: Any, kind: Kind, spec: str | None, tra
         return opened
     if spec is not None:
         return load_tokenizer(spec, None, folder)
-    found = load_tokenizer_from(folder)
+    found = _of_gguf(folder) if is_gguf(folder) else load_tokenizer_from(folder)
     if found.vocab_size > model.config.vocab_size:
         raise UsageError(
             f"{Path(folder, 'tokenizer.json')} knows {found.vocab_size} tokens and the model "
             f"{model.config.vocab_size}; put the {kind if kind == 'run' else 'model'}'s own tokenizer.json back"
         )
     return found
+
+
+def _of_gguf(path: str | Path) -> Any:
+    from ..hf.vocabulary import open_tokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        open_tokenizer(path).save_pretrained(folder)
+        return load_tokenizer_from(folder)

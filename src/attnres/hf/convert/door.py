@@ -16,6 +16,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 
 from ... import json_text
 from ...errors import Failure, UsageError, first_line
+from ...files import is_gguf
+from ..gguf_file import forget_quantisation, place_of
 from . import table
 from .checkpointing import check_checkpointing
 from .classes import (
@@ -110,21 +112,27 @@ def load_weights(model_class: Any, folder: str | Path, dropped: bool = False, **
     """
     # sizes that do not match are reported below, with their names
     options |= {"output_loading_info": True, "use_safetensors": True, "ignore_mismatched_sizes": True}
+    place, more = place_of(folder)
     try:
-        model, report = model_class.from_pretrained(folder, **options)
+        model, report = model_class.from_pretrained(place, **options, **more)
     except SafetensorError as error:
         raise Failure(f"a weight file in {folder} is damaged ({first_line(error)}); fetch it again") from error
     except (OSError, ValueError, RuntimeError) as error:
         raise UsageError(f"{folder} cannot be loaded: {first_line(error)}") from error
     for kind in ("missing", "mismatched", *(() if dropped else ("unexpected",))):
         if found := sorted(key if isinstance(key, str) else key[0] for key in report[f"{kind}_keys"]):
-            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-            raise UsageError(f"the weights in {folder} do not fit its config.json: {kind} {found[0]}{more}")
+            others = f" and {len(found) - 1} more" if len(found) > 1 else ""
+            raise UsageError(f"the weights in {folder} do not fit its config.json: {kind} {found[0]}{others}")
+    if is_gguf(folder):
+        forget_quantisation(model)
     return model
 
 
 def load_pretrained(folder: str | Path, **options: Any) -> Any:
-    """Loads any causal language model of transformers from a folder or Hub name; raises what `load` raises."""
+    """Loads any causal language model of transformers from a folder, a GGUF file or Hub name; raises what `load` does.
+
+    A GGUF file's weights are dequantised.
+    """
     return load_weights(AutoModelForCausalLM, folder, dropped=True, **options)
 
 
@@ -137,11 +145,12 @@ def kind_of(config: Any) -> Literal["native", "converted", "pretrained"]:
 
 def read_config(folder: str | Path) -> Any:
     """The transformers config in a model folder. Raises UsageError if there is none that can be read."""
+    place, more = place_of(folder)
     if Path(folder).is_dir() and not (Path(folder) / "config.json").is_file():
         raise UsageError(f"{folder} is no model: it has no config.json; give the folder of a transformers model")
     _register_stored(Path(folder))
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(place, **more)
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{folder} is no model: it has no config that can be read: {first_line(error)}") from error
     table.check_config(config)

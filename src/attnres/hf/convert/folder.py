@@ -12,6 +12,8 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from ... import json_text
 from ...errors import Failure, UsageError
+from ...files import is_gguf
+from ..vocabulary import open_tokenizer
 from .card import write_card
 from .door import convert, load_pretrained, read_config
 from .proof import sample_tokens
@@ -38,7 +40,7 @@ def convert_folder(
     report: Callable[[str], None] = _log.info,
     **options: Any,
 ) -> dict[str, Any]:
-    """Converts the causal language model in folder `src` and writes it to the new folder `dst`.
+    """Converts the causal language model in folder or GGUF file `src` and writes it to the new folder `dst`.
 
     What else is in the folder comes along: the tokenizer and its code, and the licence; a model card says what was
     done, above the original's.
@@ -48,7 +50,7 @@ def convert_folder(
     logits.
 
     Args:
-        src: a folder with config.json and safetensors weights.
+        src: a folder with config.json and safetensors weights; or a GGUF file, whose weights are dequantised.
         dst: a folder that does not exist yet, or is empty. It appears complete or not at all.
         residual, num_blocks, block_size, options: as in `attnres.hf.convert`.
         report: called with each line of progress.
@@ -92,10 +94,10 @@ def convert_folder(
 
 def _check_folders(source: Path, destination: Path) -> Any:
     """The config of the model in `source`, if both folders are fit for a conversion."""
-    if not source.is_dir():
-        raise UsageError(f"{source} is not a folder; download the model first and give its folder")
+    if not source.is_dir() and not is_gguf(source):
+        raise UsageError(f"{source} is neither a folder nor a GGUF file; download the model first and give its folder")
     config = read_config(source)
-    if getattr(config, "quantization_config", None) is not None:
+    if getattr(config, "quantization_config", None) is not None and not is_gguf(source):
         raise UsageError(f"the model in {source} is quantised; convert the original, then quantise the result")
     classes = config.architectures or []
     if classes and not any(name.endswith(("CausalLM", "LMHeadModel")) for name in classes):
@@ -128,9 +130,12 @@ def _write(model: Any, source: Path, destination: Path) -> None:
     partial = destination.with_name(f".{destination.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
-        write_card(model, partial, source)
+        write_card(model, partial, source.parent if is_gguf(source) else source)
         model.save_pretrained(partial)
-        _keep_others(source, partial)
+        if is_gguf(source):
+            open_tokenizer(source).save_pretrained(partial)
+        else:
+            _keep_others(source, partial)
         if destination.is_dir():
             destination.rmdir()
         partial.rename(destination)
