@@ -16,7 +16,7 @@ from attnres.run import opening
 from .converted import VOCAB, build, tokens
 
 gguf = pytest.importorskip("gguf")
-LETTERS = ["<|endoftext|>", "<s>", "</s>", "AB", *(chr(i) for i in range(33, 33 + VOCAB - 4))]
+LETTERS = ["<|endoftext|>", "<s>", "</s>", "AB", "CD", *(chr(i) for i in range(33, 33 + VOCAB - 5))]
 NAMES = {
     "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output", "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
@@ -42,7 +42,7 @@ def write(model, path, kind=None):
     writer.add_tokenizer_pre("default")
     writer.add_token_list(LETTERS)
     writer.add_token_types([1] * VOCAB)
-    writer.add_token_merges(["A B"])
+    writer.add_token_merges(["A B", "C D"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
