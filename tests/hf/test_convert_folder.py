@@ -184,7 +184,7 @@ def test_sources_that_cannot_be_converted(source, tmp_path, spoil, error, reason
 
 
 def test_a_source_that_is_no_folder(tmp_path):
-    with pytest.raises(UsageError, match="is not a folder"):
+    with pytest.raises(UsageError, match="is neither a folder nor a GGUF file"):
         convert_folder("somebody/a-model", tmp_path / "target")
 
 
