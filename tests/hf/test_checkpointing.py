@@ -33,12 +33,13 @@ def watched(layer):
     return runs
 
 
-@pytest.mark.parametrize("options", [None, {}, {"use_reentrant": False}])
-def test_turned_on_before_the_conversion(options):
+@pytest.mark.parametrize("options", [None, {}, {"use_reentrant": False}, {"use_reentrant": True}])
+def test_turned_on_before_the_conversion(options, caplog):
     model = build("llama").train()
     expected = gradients(move_queries(hf.convert(copy.deepcopy(model), num_blocks=3)))
     model.gradient_checkpointing_enable(options)
     move_queries(hf.convert(model, num_blocks=3))
+    assert ("reentrant" in caplog.text) == bool(options and options["use_reentrant"])
     assert model.model.residual.lean and model.model.layers[1].gradient_checkpointing
     runs = watched(model.model.layers[1].mlp)
     same(gradients(model), expected)
@@ -46,17 +47,6 @@ def test_turned_on_before_the_conversion(options):
     same(gradients(copy.deepcopy(model)), expected)
     model.gradient_checkpointing_disable()
     assert not model.model.residual.lean
-
-
-def test_the_reentrant_form_turned_on_before_the_conversion_is_refused():
-    model = build("llama").train()
-    model.gradient_checkpointing_enable({"use_reentrant": True})
-    keys = set(model.state_dict())
-    with pytest.raises(UsageError, match="use_reentrant"):
-        hf.convert(model)
-    assert type(model) is LlamaForCausalLM and set(model.state_dict()) == keys and model.config.model_type == "llama"
-    model.gradient_checkpointing_disable()
-    hf.convert(model)
 
 
 def test_options_that_are_not_given_are_filled_in():

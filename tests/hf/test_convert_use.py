@@ -385,9 +385,15 @@ def doubles(module, args, output):
     return 2 * output if isinstance(output, torch.Tensor) else output
 
 
+def halves(module, args, output):
+    """The same for a gradient alone."""
+    return output + (output.detach() - output) / 2 if isinstance(output, torch.Tensor) else output
+
+
 @pytest.mark.parametrize(
     ("hook", "reason"),
     [
+        (halves, "computes other gradients .* no plain sum"),
         (doubles, "computes other outputs .* no plain sum of what its decoder layers add; it was not converted"),
         (lambda module, args, output: 2 * output, "cannot be run .*TypeError"),
     ],

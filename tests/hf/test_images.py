@@ -31,87 +31,65 @@ VISION = {
 ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
 
 
-def llava():
-    vision = transformers.CLIPVisionConfig(**VISION, patch_size=8, projection_dim=16)
-    text = transformers.LlamaConfig(**TEXT)
-    return transformers.LlavaForConditionalGeneration(
-        transformers.LlavaConfig(vision_config=vision, text_config=text, **MARKS)
-    ), 4
+def whole(family, vision, text, **more):
+    config = getattr(transformers, f"{family}Config")(vision_config=vision, text_config=text, **more)
+    return getattr(transformers, f"{family}ForConditionalGeneration")(config)
 
 
-def gemma3():
-    vision = transformers.SiglipVisionConfig(**VISION, patch_size=4)
-    text = transformers.Gemma3TextConfig(**TEXT, sliding_window=5)
-    config = transformers.Gemma3Config(
-        text_config=text,
-        vision_config=vision,
+def siglip(**sizes):
+    return transformers.SiglipVisionConfig(**VISION, **sizes)
+
+
+def qwen(family, **sizes):
+    vision = {"depth": 2, "hidden_size": 16, "num_heads": 2, "patch_size": 4, **sizes}
+    return whole(family, vision, {**TEXT, "rope_parameters": ROPE}, image_token_id=IMAGE, vision_start_token_id=61)
+
+
+BEYOND = {"out_hidden_size": 32, "intermediate_size": 24}
+MODELS = {
+    "llava": lambda: whole(
+        "Llava",
+        transformers.CLIPVisionConfig(**VISION, patch_size=8, projection_dim=16),
+        transformers.LlamaConfig(**TEXT),
+        **MARKS,
+    ),
+    "gemma3": lambda: whole(
+        "Gemma3",
+        siglip(patch_size=4),
+        transformers.Gemma3TextConfig(**TEXT, sliding_window=5),
         mm_tokens_per_image=4,
-        image_token_index=IMAGE,
-        image_token_id=IMAGE,
         boi_token_index=61,
-    )
-    return transformers.Gemma3ForConditionalGeneration(config), 4
-
-
-def paligemma():
-    vision = transformers.SiglipVisionConfig(**VISION, patch_size=8, projection_dim=32)
-    text = transformers.GemmaConfig(**TEXT)
-    config = transformers.PaliGemmaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=IMAGE,
-        image_token_id=IMAGE,
+        **MARKS,
+    ),
+    "paligemma": lambda: whole(
+        "PaliGemma",
+        siglip(patch_size=8, projection_dim=32),
+        transformers.GemmaConfig(**TEXT),
         projection_dim=32,
-    )
-    return transformers.PaliGemmaForConditionalGeneration(config), 4
-
-
-def mistral3():
-    vision = transformers.PixtralVisionConfig(**VISION, patch_size=4)
-    text = transformers.MistralConfig(**TEXT)
-    config = transformers.Mistral3Config(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=IMAGE,
-        image_token_id=IMAGE,
+        **MARKS,
+    ),
+    "mistral3": lambda: whole(
+        "Mistral3",
+        transformers.PixtralVisionConfig(**VISION, patch_size=4),
+        transformers.MistralConfig(**TEXT),
         spatial_merge_size=2,
-    )
-    return transformers.Mistral3ForConditionalGeneration(config), 4
-
-
-def qwen(family, vision):
-    kind = getattr(transformers, f"{family}Config")
-    text = {**TEXT, "rope_parameters": ROPE}
-    config = kind(text_config=text, vision_config=vision, image_token_id=IMAGE, vision_start_token_id=61)
-    return getattr(transformers, f"{family}ForConditionalGeneration")(config), 4
-
-
-def qwen2_vl():
-    return qwen("Qwen2VL", {"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 4})
-
-
-def qwen2_5_vl():
-    sizes = {"depth": 2, "hidden_size": 16, "out_hidden_size": 32, "intermediate_size": 24, "num_heads": 2}
-    return qwen("Qwen2_5_VL", {**sizes, "patch_size": 4, "window_size": 16, "fullatt_block_indexes": [1]})
-
-
-def qwen3_vl():
-    sizes = {"depth": 2, "hidden_size": 16, "out_hidden_size": 32, "intermediate_size": 24, "num_heads": 2}
-    return qwen("Qwen3VL", {**sizes, "patch_size": 4, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]})
-
-
-MODELS = {f.__name__: f for f in (llava, gemma3, paligemma, mistral3, qwen2_vl, qwen2_5_vl)}
+        **MARKS,
+    ),
+    "qwen2_vl": lambda: qwen("Qwen2VL", embed_dim=16, hidden_size=32),
+    "qwen2_5_vl": lambda: qwen("Qwen2_5_VL", window_size=16, fullatt_block_indexes=[1], **BEYOND),
+}
+QWEN3 = {"num_position_embeddings": 16, "deepstack_visual_indexes": [0], **BEYOND}
 
 
 def built(make):
     torch.manual_seed(0)
-    model, count = make()
-    return randomise(model).float().eval(), inputs(model, count)
+    model = make()
+    return randomise(model).float().eval(), inputs(model)
 
 
-def inputs(model, count):
-    """One image, and a prompt in which its tokens stand."""
-    ids = torch.tensor([[1, 5, *[IMAGE] * count, 7, 8, 9, 10, 11]])
+def inputs(model):
+    """One image, and a prompt in which its four tokens stand."""
+    ids = torch.tensor([[1, 5, *[IMAGE] * 4, 7, 8, 9, 10, 11]])
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     generator = torch.Generator().manual_seed(0)
     if "Qwen" in type(model).__name__:
@@ -164,7 +142,7 @@ def test_the_whole_works_with_a_converted_language_model(name, tmp_path):
 
 
 def test_features_added_between_layers_are_refused():
-    model, _ = built(qwen3_vl)
+    model, _ = built(lambda: qwen("Qwen3VL", **QWEN3))
     with pytest.raises(UsageError, match=r"'qwen3_vl_text' cannot be converted exactly: .*deepstack"):
         hf.convert(model.model.language_model)
 

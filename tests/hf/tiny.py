@@ -50,13 +50,27 @@ EXTRA: dict[str, dict[str, Any]] = {
     "bamba": {**_MAMBA, "attn_layer_indices": [1, 3]},
     "biogpt": {"hidden_dropout_prob": 0.0, "activation_dropout": 0.0},
     "codegen": {"rotary_dim": 4},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_key_value_heads": 2, "num_experts_per_tok": 2},
     "dots3_note_text": {"layer_types": ["indexed_attention"] * LAYERS},  # layers of other types have other sizes
     "falcon": {"new_decoder_architecture": True},
+    "gemma3n_text": {
+        "num_kv_shared_layers": 0,
+        "vocab_size_per_layer_input": 61,
+        "hidden_size_per_layer_input": 8,
+        "laurel_rank": 4,
+        "activation_sparsity_pattern": [0.0] * LAYERS,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 4},
     "gptj": {"rotary_dim": 4},
     "granitemoehybrid": {**_MAMBA, "layer_types": ["linear_attention", "full_attention"] * 2},
+    "granitemoeshared": {"shared_intermediate_size": 24},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 4},
@@ -67,6 +81,18 @@ EXTRA: dict[str, dict[str, Any]] = {
     "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
     "opt": {"dropout": 0.0, "word_embed_proj_dim": 32},
     "prophetnet": {"is_decoder": True},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+        "hc_lowrank": 4,
+        "ple_embed_dim": 16,
+        "ngram_vocab_size_base": 61,
+        "split_ngram_parts": 1,
+        "make_ngram_vocab_size_divisible_by": 1,
+    },
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "xglm": {"dropout": 0.0, "activation_dropout": 0.0},
     "zaya": {"num_experts_per_tok": 1},
@@ -112,12 +138,9 @@ def _of(default: Any, name: str) -> Any:
 
 
 UNBUILT = {
-    **dict.fromkeys(("musicgen", "musicgen_melody"), "is made of three models, each with a config that must be given"),
-    **dict.fromkeys(("gemma3n", "gemma3n_text"), "needs timm, or layers that share a cache"),
+    **dict.fromkeys(("musicgen", "musicgen_melody"), "is one that AutoModelForCausalLM cannot make of its own config"),
     **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), "shares the cache of the model that it assists"),
-    **dict.fromkeys(("qwen4_exp", "qwen4_exp_text"), "has no sizes by default"),
-    "dbrx": "has configs within its config that do not agree with one of their own",
-    "cohere_compass_text": "has rotary embeddings that must be given",
+    "gemma3n": "needs timm, an optional package",
 }
 """Types of which no tiny model is built, and why."""
 

@@ -77,8 +77,9 @@ def select(source: Tensor, num_sources: int = 1, query: Tensor | None = None) ->
         chosen = _named(_choice)
         if reason := chosen.declines(source, num_sources):
             raise ValueError(reason)
-    sliced = query is not None and query.shape != source.shape[-1:]
-    return _REFERENCE if sliced and not chosen.takes_slices else chosen
+    if query is None or chosen.takes_slices or query.shape == source.shape[-1:]:
+        return chosen
+    return _REFERENCE
 
 
 def _automatic(source: Tensor, num_sources: int) -> Backend:

@@ -42,15 +42,15 @@ def write_card(model: Any, folder: Path, source: Path | None = None) -> None:
         before.save(target)
         return
     name = (source.resolve().name if source else name) or model.config.original.model_type
-    data = ModelCardData(**(before.data.to_dict() if before else {}))
-    data.tags, data.library_name = [*(data.tags or []), TAG], "transformers"
+    facts = before.data.to_dict() if before else {}
+    facts |= {"tags": [*(facts.get("tags") or []), TAG], "library_name": "transformers"}
     if source is None and name == getattr(model.config, "_name_or_path", ""):
-        data.base_model = name  # of the Hub; a folder's name would mean another model there
+        facts["base_model"] = name  # of the Hub; a folder's name would mean another model there
     options = "".join(f", {key}={value!r}" for key, value in model.config.residual_options.items())
     text = _TEXT.format(name=name, residual=model.config.residual, options=options)
     if before is not None and before.text.strip():
         text += f"\n# The card of {name}\n\n{before.text.strip()}\n"
-    ModelCard(f"---\n{data.to_yaml()}\n---\n{text}", ignore_metadata_errors=True).save(target)
+    ModelCard(f"---\n{ModelCardData(**facts).to_yaml()}\n---\n{text}", ignore_metadata_errors=True).save(target)
 
 
 def _card_in(folder: Path | None) -> ModelCard | None:

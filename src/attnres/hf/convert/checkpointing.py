@@ -1,12 +1,13 @@
 """transformers' gradient checkpointing of converted layers: which form of it they take."""
 
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from torch import nn
-
 from ...errors import UsageError
+
+_log = logging.getLogger("attnres")
 
 
 def non_reentrant(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -24,8 +25,10 @@ def non_reentrant(function: Callable[..., Any]) -> Callable[..., Any]:
     return partial(function, use_reentrant=False) if chosen is None else function
 
 
-def check_checkpointing(layers: Iterable[nn.Module]) -> None:
-    """Raises UsageError if decoder layers that are to be converted checkpoint in the reentrant form."""
-    for layer in layers:
-        if getattr(layer, "gradient_checkpointing", False):
-            non_reentrant(layer._gradient_checkpointing_func)  # type: ignore[arg-type]
+def made_non_reentrant(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The non-reentrant form of `function`, which was chosen before the conversion, for layers that took any."""
+    options = getattr(function, "keywords", {})
+    if not options.get("use_reentrant"):
+        return function
+    _log.warning("gradient checkpointing was on in its reentrant form; the converted model does it in the other one")
+    return partial(function.func, *function.args, **{**options, "use_reentrant": False})  # type: ignore[attr-defined]

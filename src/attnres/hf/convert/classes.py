@@ -9,7 +9,7 @@ import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +63,18 @@ AUTO_CLASSES = (
 
 def __getattr__(name: str) -> Any:
     """The converted class of that name: pickle and peft look for it here, in processes that have not made it yet."""
+    return made_for(name, __name__, converted_config_class, converted_model_class)
+
+
+def made_for(name: str, module: str, of_config: Callable[[Any], Any], of_model: Callable[[Any], Any]) -> Any:
+    """What one of two functions makes of the transformers class with this name but for the prefix.
+
+    Raises AttributeError, in the words of a module, if there is none."""
     original = getattr(transformers, name.removeprefix(CLASS_PREFIX), None) if name.startswith(CLASS_PREFIX) else None
-    if isinstance(original, type) and issubclass(original, PreTrainedConfig):
-        return converted_config_class(original)
-    if isinstance(original, type) and issubclass(original, PreTrainedModel):
-        return converted_model_class(original)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    for kind, make in ((PreTrainedConfig, of_config), (PreTrainedModel, of_model)):
+        if isinstance(original, type) and issubclass(original, kind):
+            return make(original)
+    raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
 
 def is_converted(model: Any) -> bool:

@@ -19,7 +19,6 @@ from ...errors import Failure, UsageError, first_line
 from ...files import is_gguf
 from ..gguf_file import forget_quantisation, place_of
 from . import table
-from .checkpointing import check_checkpointing
 from .classes import (
     base_of,
     build_residual,
@@ -68,7 +67,6 @@ def convert(
     _check_model(model)
     base = base_of(model)
     entries = table.find(base)
-    check_checkpointing(table.layers_of(base, entries))
     places = places_in_outer_configs(model)
     sizes = {"num_blocks": num_blocks, "block_size": block_size}
     options.update({name: size for name, size in sizes.items() if size is not None})

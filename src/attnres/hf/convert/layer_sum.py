@@ -54,8 +54,10 @@ def check_own(layer: nn.Module, place: str) -> None:
         raise UsageError(f"{place} has {', '.join(own)} of its own, which an exact conversion does not know to use")
 
 
-def check_sum(layer: nn.Module, entry: Architecture, place: str) -> None:
-    """Raises NotThisSum if the layer computes another sum. place: the layer in words."""
+def check_sum(layer: nn.Module, entry: Architecture, place: str) -> int:
+    """How many values the layer returns in a tuple, 0 for the stream alone. place: the layer in words.
+
+    Raises NotThisSum if it computes another sum."""
     stream = _numbers(0, *SHAPE)
     if entry.multiplier is not None and not isinstance(getattr(layer, entry.multiplier, None), int | float):
         raise NotThisSum(
@@ -65,16 +67,14 @@ def check_sum(layer: nn.Module, entry: Architecture, place: str) -> None:
     reasons = []
     for attention_form, mlp_form in product(FORMS, FORMS[:2]):
         try:
-            found = first_of(_computed(layer, _stand_ins(entry, attention_form, mlp_form), stream))
+            made = _computed(layer, _stand_ins(entry, attention_form, mlp_form), stream)
         except Exception as error:  # code of others, which may expect another form
             reasons.append(f"{type(error).__name__}: {error}")
             continue
-        if (
-            isinstance(found, Tensor)
-            and found.shape == expected.shape
-            and torch.allclose(found, expected, rtol=1e-6, atol=1e-6)
-        ):
-            return
+        found = first_of(made)
+        alike = isinstance(found, Tensor) and found.shape == expected.shape
+        if alike and torch.allclose(found, expected, rtol=1e-6, atol=1e-6):
+            return len(made) if isinstance(made, tuple) else 0
     if len(reasons) == len(FORMS) * 2:
         raise NotThisSum(f"{place} cannot be followed ({reasons[0]}), so what it computes is not known")
     raise NotThisSum(
@@ -82,18 +82,6 @@ def check_sum(layer: nn.Module, entry: Architecture, place: str) -> None:
         f"what is added to it, drops some of it at random (set its dropout to 0), or takes its submodules in another "
         f"order"
     )
-
-
-def count_outputs(layer: nn.Module, entry: Architecture) -> int:
-    """How many values the layer returns in a tuple; 0 if it returns the stream alone."""
-    for attention_form, mlp_form in product(FORMS, FORMS[:2]):
-        try:
-            made = _computed(layer, _stand_ins(entry, attention_form, mlp_form), _numbers(0, *SHAPE))
-        except Exception:
-            continue
-        if isinstance(first_of(made), Tensor):
-            return len(made) if isinstance(made, tuple) else 0
-    return 0
 
 
 def first_of(output: Any) -> Any:

@@ -22,12 +22,12 @@ from ...residual import DepthAttention, Residual, State
 from ...residual.base import gather, release
 from ..residual_place import rows_on
 from ..tensor_parallel import shards_of
-from .checkpointing import non_reentrant
-from .layer_sum import count_outputs, first_of
+from .checkpointing import made_non_reentrant, non_reentrant
+from .layer_sum import first_of
 from .packing import ENDS, in_pieces
 from .table import Architecture, layers_of
 
-_CACHE = (("past_key_values", "cache_params"),)
+_CACHE = {"past_key_values": "cache_params"}
 """What linear attention calls the cache."""
 CHECKPOINTING = ("_gradient_checkpointing_func", "gradient_checkpointing")
 """What transformers writes into a decoder layer to have it checkpoint."""
@@ -96,14 +96,14 @@ class ConvertedLayer(nn.Module):
     architecture: Architecture
     argument_names: tuple[str, ...]
     """Of the original forward, after the hidden states."""
-    outputs: int
-    """How many values the original forward returns in a tuple; 0 where it returns the stream alone."""
     first: int
     """This layer's attention among all layers of the residual connection; its MLP is the one after."""
-    attention_takes: frozenset[str]
-    """Names of the arguments that attention knows."""
-    attention_takes_any: bool
-    """Whether it takes others too."""
+    renamed: dict[str, str]
+    """What attention calls an argument that it knows by another name."""
+    withheld: frozenset[str]
+    """Arguments of the original forward that attention must not be given."""
+    known: frozenset[str] | None
+    """All that attention takes; None where it takes any."""
     recurrent: bool
     """Whether what stands in attention's place carries a state from token to token, which no mask stops."""
     owner: Owner
@@ -135,7 +135,7 @@ class ConvertedLayer(nn.Module):
         self.checkpoint = non_reentrant(function)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _new_layer, (type(self).original, self.architecture, self.outputs), self.__getstate__()
+        return _new_layer, (type(self).original, self.architecture), self.__getstate__()
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compiles both sublayers with torch.compile, which takes the arguments, for all layers of a kind once.
@@ -149,7 +149,8 @@ class ConvertedLayer(nn.Module):
 
     def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
         stream = self._through(hidden_states, *args, **kwargs)
-        return (stream, *[None] * (self.outputs - 1)) if self.outputs else stream
+        outputs = self.architecture.outputs
+        return (stream, *[None] * (outputs - 1)) if outputs else stream
 
     def _through(self, hidden_states: Any, *args: Any, **kwargs: Any) -> DepthStream | Tensor:
         entry, attention, mlp = self.architecture, self.first, self.first + 1
@@ -217,14 +218,15 @@ class ConvertedLayer(nn.Module):
         return residual.start(hidden_states if shards is None else shards.own(hidden_states)), shards
 
     def _attend(self, h: Tensor, shards: TokenShards | None, arguments: dict[str, Any], ends: Tensor | None) -> Tensor:
-        entry, takes = self.architecture, self.attention_takes
-        linear = "cache_params" in takes
-        names = dict((*entry.renamed, *(_CACHE if linear else ())))
-        arguments = {names.get(name, name): value for name, value in arguments.items()}
-        unknown = arguments.keys() - takes
-        if self.attention_takes_any:  # softmax attention heeds what linear attention must not be told
-            unknown &= set(self.argument_names) if linear else set()
-        arguments = {name: value for name, value in arguments.items() if name not in unknown}
+        entry, known = self.architecture, self.known
+        if self.renamed:
+            arguments = {self.renamed.get(name, name): value for name, value in arguments.items()}
+        if self.withheld or known is not None:
+            arguments = {
+                name: value
+                for name, value in arguments.items()
+                if name not in self.withheld and (known is None or name in known)
+            }
         run = self._sublayer if self._compiled_sublayer is None else self._compiled_sublayer
         ends = ends if self.recurrent else None  # elsewhere a mask keeps sequences apart
         return run(h, shards, entry.attention_norm, entry.attention, entry.after_attention, arguments, ends)
@@ -270,48 +272,51 @@ class ConvertedLayer(nn.Module):
 
 
 @once_a_class
-def converted_layer_class(original: type[nn.Module], entry: Architecture, outputs: int) -> type[nn.Module]:
+def converted_layer_class(original: type[nn.Module], entry: Architecture) -> type[nn.Module]:
     """The converted form of a decoder layer class. It keeps the name, by which wrapping policies and device maps go."""
     names = tuple(inspect.signature(original.forward).parameters)[2:]
-    body: dict[str, Any] = {"original": original, "architecture": entry, "argument_names": names, "outputs": outputs}
+    body: dict[str, Any] = {"original": original, "architecture": entry, "argument_names": names}
     body |= {"__module__": __name__, "__doc__": ConvertedLayer.__doc__}
     return type(original.__name__, (ConvertedLayer, original), body)
 
 
-def _new_layer(original: type[nn.Module], entry: Architecture, outputs: int) -> nn.Module:
+def _new_layer(original: type[nn.Module], entry: Architecture) -> nn.Module:
     """A layer for pickle to fill: its class is made when needed, so pickle cannot find it by its name."""
-    converted = converted_layer_class(original, entry, outputs)
+    converted = converted_layer_class(original, entry)
     return converted.__new__(converted)
 
 
 def attach(base: Any, residual: Residual, entries: Sequence[Architecture]) -> None:
     """Gives a base model the residual connection, and its decoder layers, each with its entry, their new forward."""
-    base.residual = residual
+    base.residual, base.place_of_layers = residual, entries[0].layers
     layers: Any = layers_of(base, entries)
     kinds = getattr(base.config, "layer_types", None) or [None] * len(layers)
     for i, (layer, entry) in enumerate(zip(layers, entries, strict=True)):
-        layer.__class__ = converted_layer_class(type(layer), entry, count_outputs(layer, entry))
+        layer.__class__ = converted_layer_class(type(layer), entry)
         layer.first = 2 * i
         parameters = inspect.signature(type(getattr(layer, entry.attention)).forward).parameters
-        layer.attention_takes = frozenset(parameters)
-        layer.attention_takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        linear = "cache_params" in parameters
+        layer.renamed = dict(entry.renamed) | (_CACHE if linear else {})
+        # softmax attention heeds what linear attention must not be told
+        layer.withheld = frozenset(layer.argument_names) - frozenset(parameters) if linear else frozenset()
+        any_names = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        layer.known = None if any_names else frozenset(parameters)
         layer.recurrent = kinds[i] == "linear_attention"
         layer.owner = Owner(base)
     for layer in layers:
         settings = {name: vars(layer).pop(name) for name in CHECKPOINTING if name in vars(layer)}
         for name, value in settings.items():
-            setattr(layer, name, value)
+            setattr(layer, name, made_non_reentrant(value) if callable(value) else value)
 
 
 def converted_layers(base: Any) -> list[ConvertedLayer]:
-    """The decoder layers of a converted base model, in their order."""
-    return [module for module in base.modules() if isinstance(module, ConvertedLayer)]
+    """The decoder layers of a converted base model, in their order; a stage of a pipeline has some of them."""
+    return [layer for layer in base.get_submodule(base.place_of_layers) if isinstance(layer, ConvertedLayer)]
 
 
 def check_whole(base: Any) -> None:
     """Raises UsageError if a converted base model has no longer the layers that its residual connection is made for."""
-    own = converted_layers(base)
-    found, made_for = len(layers_of(base, [own[0].architecture])) if own else 0, base.residual.num_layers // 2
+    found, made_for = len(base.get_submodule(base.place_of_layers)), base.residual.num_layers // 2
     if found != made_for:
         raise UsageError(
             f"the model has {found} decoder layers and a residual connection for {made_for}; the layers of a converted "

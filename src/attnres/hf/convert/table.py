@@ -53,6 +53,8 @@ class Architecture:
     """Arguments that the decoder layer hands to attention under another name: (its own, attention's)."""
     refused_arguments: tuple[str, ...] = ()
     """Arguments of the decoder layer that must be None, because they ask for sublayers that are not described here."""
+    outputs: int = 0
+    """How many values the layer returns in a tuple, 0 for the stream alone; `find` fills it in."""
 
     @property
     def submodules(self) -> set[str]:
@@ -110,7 +112,7 @@ def check_config(config: Any) -> None:
 
 
 def find(base: Any) -> tuple[Architecture, ...]:
-    """The entry of each decoder layer of a transformers base model (the one without a head).
+    """The entry of each decoder layer of a transformers base model (the one without a head), with what it returns.
 
     Raises UsageError with the reason if the model cannot be converted exactly.
     """
@@ -208,11 +210,9 @@ def _entry_of(layer: nn.Module, entries: tuple[Architecture, ...], index: int) -
     refusal = None
     for entry in fitting:
         try:
-            check_sum(layer, entry, place)
+            return replace(entry, outputs=check_sum(layer, entry, place))
         except NotThisSum as error:
             refusal = refusal or error
-        else:
-            return entry
     assert refusal is not None
     raise refusal
 
@@ -288,7 +288,7 @@ for _row in (
     *((replace(_GEMMA2, model_type=name),) for name in ("gemma2", "gemma3_text")),
     *((replace(_OLMO2, model_type=name),) for name in ("olmo2", "olmo3", "exaone4", "flex_olmo")),
     *((replace(_GLM4, model_type=name),) for name in ("glm4", "kolibri1")),
-    *((replace(_COHERE, model_type=name),) for name in ("cohere", "cohere2", "cohere2_moe")),
+    *((replace(_COHERE, model_type=name),) for name in ("cohere", "cohere2", "cohere2_moe", "cohere_compass_text")),
     *(_kinds(Architecture(name), "linear_attn") for name in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")),
     _kinds(_LFM2, "conv"),
     _kinds(replace(_LFM2, model_type="lfm2_moe"), "conv"),

@@ -6,10 +6,9 @@ with a model type of their own: `AttnResGemma3ForConditionalGeneration`, "attnre
 
 from typing import Any
 
-import transformers
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
-from .classes import AUTO_CLASSES, CLASS_PREFIX, publish_config, publish_model, upgrade
+from .classes import AUTO_CLASSES, CLASS_PREFIX, made_for, publish_config, publish_model, upgrade
 from .part import Place, models_with
 from .surgery import once_a_class
 from .table import TYPE_PREFIX
@@ -22,12 +21,7 @@ WHOLES = ("gemma3", "qwen2_vl", "qwen2_5_vl")
 
 def __getattr__(name: str) -> Any:
     """The class of that name: pickle looks for it here, in processes that have not made it yet."""
-    original = getattr(transformers, name.removeprefix(CLASS_PREFIX), None) if name.startswith(CLASS_PREFIX) else None
-    if isinstance(original, type) and issubclass(original, PreTrainedConfig):
-        return whole_config_class(original)
-    if isinstance(original, type) and issubclass(original, PreTrainedModel):
-        return whole_model_class(original)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return made_for(name, __name__, whole_config_class, whole_model_class)
 
 
 def has_fixed_part(config_class: Any) -> bool:
@@ -41,7 +35,7 @@ def has_fixed_part(config_class: Any) -> bool:
 def rebuild_whole(place: Place) -> None:
     """Gives the models of a config whose part is converted their classes, if theirs make it a plain one."""
     config = place.config
-    if place.name != PART or not has_fixed_part(type(config)):
+    if place.name != PART or not has_fixed_part(type(config)) or type(config).__name__.startswith(CLASS_PREFIX):
         return
     for model in models_with(config):
         model.__class__ = whole_model_class(type(model))

@@ -105,14 +105,12 @@ def _sizes(form: Form, first: Tensor, query: Tensor) -> tuple[tuple[int, int, in
     """((rows, width, channels of a key), queries) of a read; queries are [D], [S, D], [heads, D / heads], or [r].
 
     Raises ValueError unless they fit the width."""
-    width = first.shape[-1] // form.heads
-    queries = 1 if query.dim() == 1 or form.heads > 1 else len(query)
-    keys = query.shape[-1]
-    if not (keys == width if queries > 1 or form.heads > 1 else 0 <= keys <= width) or (
-        form.heads > 1 and len(query) != form.heads
-    ):
+    width, keys = first.shape[-1] // form.heads, query.shape[-1]
+    rows_of_queries = 1 if query.dim() == 1 else len(query)
+    fits = keys == width if query.dim() > 1 else keys <= width
+    if not fits or (form.heads > 1 and rows_of_queries != form.heads):
         raise ValueError(f"the native backend expects queries for width {width}; they are {list(query.shape)}")
-    return (first.numel() // max(width, 1), width, keys), queries
+    return (first.numel() // max(width, 1), width, keys), rows_of_queries // form.heads
 
 
 def read(
