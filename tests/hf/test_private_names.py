@@ -43,6 +43,7 @@ RELIED_ON = [
     # tables that converted classes are entered into
     (AutoModelForCausalLM, "_model_mapping"),
     (configuration_auto, "CONFIG_MAPPING model_type_to_module_name"),
+    (configuration_auto.CONFIG_MAPPING, "_mapping _modules"),
     (tokenization_auto, "TOKENIZER_MAPPING TOKENIZER_MAPPING_NAMES MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS"),
     (conversion_mapping, "get_checkpoint_conversion_mapping register_checkpoint_conversion_mapping"),
     (dynamic_module_utils, "get_relative_import_files"),

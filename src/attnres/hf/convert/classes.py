@@ -28,7 +28,7 @@ from transformers import (
     processing_utils,  # noqa: F401
 )
 from transformers.models.auto import tokenization_auto
-from transformers.models.auto.configuration_auto import model_type_to_module_name
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, model_type_to_module_name
 from transformers.utils import output_capturing
 
 from ... import residual as residuals
@@ -130,6 +130,16 @@ def converted_config_class(original: Any) -> Any:
     globals()[converted.__name__] = converted  # where pickle looks for it, when an engine sends it to its workers
     publish_config(converted, original)
     return converted
+
+
+def announce(model_type: str, module: Any) -> None:
+    """Has AutoConfig find the converted form of a type in a module, which makes the class when it is first asked for:
+    to make all of them would import all their originals."""
+    converted, names = TYPE_PREFIX + model_type, CONFIG_MAPPING._mapping
+    if model_type in names:
+        names[converted] = CLASS_PREFIX + names[model_type]
+        CONFIG_MAPPING._modules[model_type_to_module_name(converted)] = module
+        _share_tokenizer(model_type, converted)
 
 
 def publish_config(converted: Any, original: Any) -> None:

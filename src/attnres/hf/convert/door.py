@@ -18,7 +18,7 @@ from ... import json_text
 from ...errors import Failure, UsageError, first_line
 from ...files import is_gguf
 from ..gguf_file import forget_quantisation, place_of
-from . import table
+from . import classes, table, whole
 from .classes import (
     base_of,
     build_residual,
@@ -32,7 +32,7 @@ from .classes import (
 from .part import places_in_outer_configs
 from .proof import Proof
 from .table import TYPE_PREFIX
-from .whole import WHOLES, has_fixed_part, rebuild_whole, whole_config_class, whole_model_class
+from .whole import has_fixed_part, rebuild_whole, whole_config_class, whole_model_class
 
 
 def convert(
@@ -158,22 +158,19 @@ def read_config(folder: str | Path) -> Any:
 def register_architectures() -> None:
     """Makes AutoConfig, and through it the AutoModel classes, know the converted form of every entry of the table, and
     of the models around some of them."""
-    for model_type in table.ARCHITECTURES:
-        if model_type in CONFIG_MAPPING:
-            converted_config_class(CONFIG_MAPPING[model_type])
-    for model_type in WHOLES:
-        whole_config_class(CONFIG_MAPPING[model_type])
+    for module, model_types in ((classes, table.ARCHITECTURES), (whole, whole.WHOLES)):
+        for model_type in model_types:
+            classes.announce(model_type, module)
 
 
 def _register_stored(folder: Path) -> None:
     """Makes AutoConfig know the converted type that a folder names, whatever it is."""
-    register_architectures()
     try:
         named = json_text.parse_object((folder / "config.json").read_bytes()).get("model_type")
     except (OSError, ValueError):  # whoever reads the config says what is wrong with it
         return
     original = named.removeprefix(TYPE_PREFIX) if isinstance(named, str) else ""
-    if original != named and original in CONFIG_MAPPING and original not in table.ARCHITECTURES:
+    if original != named and original in CONFIG_MAPPING:
         config_class = CONFIG_MAPPING[original]
         (whole_config_class if has_fixed_part(config_class) else converted_config_class)(config_class)
 
