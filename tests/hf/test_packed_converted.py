@@ -7,6 +7,7 @@ from transformers import DynamicCache
 from attnres import hf
 from attnres.errors import UsageError
 
+from . import tiny
 from .converted import ALL, build, move_queries, tokens
 
 HYBRIDS = [name for name in ("qwen3_next", "kimi_linear") if name in ALL]
@@ -39,6 +40,16 @@ def test_each_sequence_is_as_if_it_were_alone(name, how):
         given["output_hidden_states"] = True
     close(model(ids, **given).logits, expected)
     assert (model(ids).logits - expected).abs().max() > 0.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["bailing_hybrid", "bamba", "jamba", "lfm2", "olmo_hybrid", "qwen3_5_text"])
+def test_recurrences_and_convolutions_end_at_a_border(name):
+    if name not in tiny.TYPES:
+        pytest.skip("an older transformers")
+    model, ids = move_queries(hf.convert(tiny.build(name), num_blocks=2)), tokens(1)
+    expected = torch.cat([model(part, use_cache=False).logits for part in ids.split(LENGTHS, 1)], 1)
+    close(model(ids, position_ids=POSITIONS, use_cache=False).logits, expected)
 
 
 @torch.no_grad()

@@ -17,6 +17,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from ..errors import UsageError
 from .configuration import AttnResConfig
 
+STATEFUL = frozenset({"linear_attention", "conv"})
+"""Types of layers that carry something from token to token which no mask stops."""
+
 
 class Packing(NamedTuple):
     """positions: [B, T], counted from the beginning of each sequence, from which transformers makes its masks;
@@ -45,7 +48,7 @@ def find_packing(
     Raises UsageError for a packing that some layer could not heed.
     """
     rows, tokens = shape
-    linear = "linear_attention" in config.layer_types
+    linear = not STATEFUL.isdisjoint(config.layer_types)
     borders = cu_seq_lens if isinstance(cu_seq_lens, Tensor) else None
     if config._attn_implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
         has_own_masks = True

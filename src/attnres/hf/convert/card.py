@@ -29,6 +29,7 @@ def write_card(model: Any, folder: Path, source: Path | None = None) -> None:
     source: the folder of the original; by default where the model was loaded from, if that is a folder. A converted
     model's own card goes along as it is; of another its metadata and, below ours, its text are kept.
     """
+    text_config = model.config.get_text_config()  # of the language model, if there is more
     target, name = folder / "README.md", str(getattr(model.config, "_name_or_path", "") or "")
     if source is None and name and Path(name).is_dir():
         source = Path(name)
@@ -41,13 +42,13 @@ def write_card(model: Any, folder: Path, source: Path | None = None) -> None:
     if before is not None and TAG in (before.data.get("tags") or []):
         before.save(target)
         return
-    name = (source.resolve().name if source else name) or model.config.original.model_type
+    name = (source.resolve().name if source else name) or text_config.original.model_type
     facts = before.data.to_dict() if before else {}
     facts |= {"tags": [*(facts.get("tags") or []), TAG], "library_name": "transformers"}
     if source is None and name == getattr(model.config, "_name_or_path", ""):
         facts["base_model"] = name  # of the Hub; a folder's name would mean another model there
-    options = "".join(f", {key}={value!r}" for key, value in model.config.residual_options.items())
-    text = _TEXT.format(name=name, residual=model.config.residual, options=options)
+    options = "".join(f", {key}={value!r}" for key, value in text_config.residual_options.items())
+    text = _TEXT.format(name=name, residual=text_config.residual, options=options)
     if before is not None and before.text.strip():
         text += f"\n# The card of {name}\n\n{before.text.strip()}\n"
     ModelCard(f"---\n{ModelCardData(**facts).to_yaml()}\n---\n{text}", ignore_metadata_errors=True).save(target)

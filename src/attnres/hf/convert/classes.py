@@ -188,12 +188,6 @@ def converted_model_class(original: Any) -> Any:
         names = ((layer, name) for layer, entry in found for name in (entry.attention, entry.mlp, entry.beside_mlp))
         return [getattr(layer, name) for layer, name in names if name is not None]
 
-    @functools.wraps(original.save_pretrained)
-    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        original.save_pretrained(self, save_directory, *args, **kwargs)
-        if (args[0] if args else kwargs.get("is_main_process", True)) and Path(save_directory).is_dir():
-            write_card(self, Path(save_directory))
-
     body = {
         "__module__": __name__,
         "__doc__": f"A {original.__name__} with Attention Residuals in the place of its residual sums.",
@@ -202,7 +196,7 @@ def converted_model_class(original: Any) -> Any:
         "_init_weights": _init_weights,
         "_set_gradient_checkpointing": _set_gradient_checkpointing,
         "sublayers": sublayers,
-        "save_pretrained": save_pretrained,
+        "save_pretrained": saving_with_card(original),
         "config_class": converted_config_class(original.config_class),
         "original": original,
     }
@@ -211,6 +205,18 @@ def converted_model_class(original: Any) -> Any:
     globals()[converted.__name__] = converted
     publish_model(converted, original)
     return converted
+
+
+def saving_with_card(original: Any) -> Callable[..., None]:
+    """`save_pretrained` of a class, which writes a model card too."""
+
+    @functools.wraps(original.save_pretrained)
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        original.save_pretrained(self, save_directory, *args, **kwargs)
+        if (args[0] if args else kwargs.get("is_main_process", True)) and Path(save_directory).is_dir():
+            write_card(self, Path(save_directory))
+
+    return save_pretrained
 
 
 def publish_model(converted: type, original: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..packing import find_packing
+from ..packing import STATEFUL, find_packing
 
 ENDS = "sequence_ends"
 """The argument of a converted decoder layer that says where sequences end, int [N + 1], if all rows follow one another;
@@ -21,7 +21,7 @@ def with_ends(config: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     Models without linear attention get them as they are: what softmax attention heeds is transformers' business.
     Raises UsageError for a packing that some layer or a cache could not heed.
     """
-    if "linear_attention" not in (getattr(config, "layer_types", None) or ()):
+    if STATEFUL.isdisjoint(getattr(config, "layer_types", None) or ()):
         return arguments
     mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
     borders = arguments.get("cu_seq_lens_q")

@@ -20,6 +20,7 @@ from ...model.loop import run
 from ...model.token_shards import TokenShards
 from ...residual import DepthAttention, Residual, State
 from ...residual.base import gather, release
+from ..packing import STATEFUL
 from ..residual_place import rows_on
 from ..tensor_parallel import shards_of
 from .checkpointing import made_non_reentrant, non_reentrant
@@ -301,7 +302,7 @@ def attach(base: Any, residual: Residual, entries: Sequence[Architecture]) -> No
         layer.withheld = frozenset(layer.argument_names) - frozenset(parameters) if linear else frozenset()
         any_names = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         layer.known = None if any_names else frozenset(parameters)
-        layer.recurrent = kinds[i] == "linear_attention"
+        layer.recurrent = kinds[i] in STATEFUL
         layer.owner = Owner(base)
     for layer in layers:
         settings = {name: vars(layer).pop(name) for name in CHECKPOINTING if name in vars(layer)}

@@ -145,12 +145,10 @@ def _nearest(base: Any) -> str:
     """The type of the table whose layers have most names in common with those of a base model, in words."""
     best = ("", 0)
     for entry in (entry for entries in ARCHITECTURES.values() for entry in entries):
-        layers = base.get_submodule(entry.layers) if _has(base, entry.layers) else []
-        names = (
-            {name for name, _ in layers[0].named_children()} if isinstance(layers, nn.ModuleList) and layers else set()
-        )
-        common = len(names & entry.submodules)
-        best = max(best, (entry.model_type, common), key=lambda pair: pair[1])
+        layers = base.get_submodule(entry.layers) if _has(base, entry.layers) else None
+        if isinstance(layers, nn.ModuleList) and len(layers):
+            common = len(entry.submodules & {name for name, _ in layers[0].named_children()})
+            best = max(best, (entry.model_type, common), key=lambda pair: pair[1])
     return f" (the nearest is {best[0]!r})" if best[1] else ""
 
 

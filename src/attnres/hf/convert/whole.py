@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
-from .classes import AUTO_CLASSES, CLASS_PREFIX, made_for, publish_config, publish_model, upgrade
+from .classes import AUTO_CLASSES, CLASS_PREFIX, made_for, publish_config, publish_model, saving_with_card, upgrade
 from .part import Place, models_with
 from .surgery import once_a_class
 from .table import TYPE_PREFIX
@@ -84,6 +84,7 @@ def whole_model_class(original: Any) -> Any:
         "__module__": __name__,
         "__doc__": f"A {original.__name__} around a language model with Attention Residuals.",
         "__init__": __init__,
+        "save_pretrained": saving_with_card(original),
         "config_class": whole_config_class(original.config_class),
         "original": original,
     }
