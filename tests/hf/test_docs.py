@@ -31,7 +31,7 @@ def test_the_page_runs(tmp_path, monkeypatch, capsys):
     LlamaForCausalLM(base).save_pretrained("base-model")
 
     snippets = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    assert len(snippets) == 4
+    assert len(snippets) == 5
     names = {}
     for snippet in snippets:
         exec(compile(snippet, str(PAGE), "exec"), names)
