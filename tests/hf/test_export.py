@@ -47,7 +47,7 @@ def test_one_program_reads_a_prompt_and_makes_cached_steps(name, tmp_path, monke
 
 def test_a_model_with_windows_exports_without_a_cache():
     model = make("block_attnres", attention_pattern=("sliding_window", "gqa"), sliding_window=5)
-    shapes = {"input_ids": {0: Dim("batch"), 1: Dim("tokens")}, "use_cache": None}
+    shapes = {"input_ids": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}, "use_cache": None}
     program = export(model, (), {"input_ids": IDS[:2, :7].clone(), "use_cache": False}, dynamic_shapes=shapes)
     with torch.no_grad():
         found = program.module()(input_ids=IDS, use_cache=False).logits
