@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.export import Dim, export
 
+pytest.importorskip("transformers")
 import attnres.hf
 from attnres.hf import AttnResConfig, AttnResForCausalLM
 

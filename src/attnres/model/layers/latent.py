@@ -63,7 +63,7 @@ class MultiHeadLatentAttention(Layer):
         c_B1SR, p_B1SP = normed(c_BTR, self.kv_a_layernorm).unsqueeze(1), p_BTP.unsqueeze(1)
         if context.cache is not None:
             c_B1SR, p_B1SP = context.cache.update(c_B1SR, p_B1SP, self.layer_idx)
-        # none with an adapter, which wants a call, nor in a program for any number of tokens, which cannot choose by them
+        # none with an adapter, which wants a call, nor in an exported program, which cannot choose by the tokens
         absorb = context.absorb and not torch.compiler.is_exporting()
         w_YR = bare_weight(self.kv_b_proj) if absorb else None
         if w_YR is not None and self.absorbs(x_BTD.shape[1], c_B1SR.shape[2]):
