@@ -2,7 +2,7 @@
 # make test   the tests, by two processes: why some were skipped, and which took longest, stands at the end
 # make lint   ruff and mypy
 # make test-oldest   the tests with the oldest versions that pyproject.toml allows, in an environment of their own
-# make test-engines  serves models with vLLM and llama.cpp on this processor, in an environment of their own (3 GB)
+# make test-engines  serves models with vLLM and llama.cpp, and runs them in onnxruntime, on this processor, in an environment of their own (3 GB)
 # make docs   the documentation as a site, in site/                    make clean   remove what the others made
 PYTHON ?= python3
 VENV ?= .venv

@@ -113,7 +113,10 @@ class Backbone(nn.Module):
         positions = torch.arange(past, past + tokens, device=device)
         assert self.config.head_dim is not None
         cos, sin = rotary_factors(positions[None], self.config.head_dim, self.config.rope_theta)
-        return Context(cos, sin, cache=cache)
+        mask = None
+        if cache is not None and torch.compiler.is_exporting():  # one program for any number of earlier and new tokens
+            mask = torch.arange(past + tokens, device=device) <= positions[:, None]
+        return Context(cos, sin, mask, cache)
 
     def enable_checkpointing(self, enabled: bool = True) -> None:
         """Recompute each Transformer block in the backward pass instead of keeping its activations."""

@@ -7,7 +7,8 @@
     triton      fused kernels on CUDA; bf16, fp16, fp32
 
 "auto" takes triton for CUDA tensors that its kernels support, native for CPU tensors where there is a C compiler, and
-eager elsewhere; torch.compile traces into that and fuses it. ATTNRES_BACKEND sets the choice at import.
+eager elsewhere; torch.compile traces into that and fuses it. A program of torch.export gets eager on every device, so
+that it runs without this package. ATTNRES_BACKEND sets the choice at import.
 """
 
 import importlib.util
@@ -84,7 +85,7 @@ def select(source: Tensor, num_sources: int = 1, query: Tensor | None = None) ->
 
 def _automatic(source: Tensor, num_sources: int) -> Backend:
     name, reason = "eager", None
-    if source.is_cuda:
+    if source.is_cuda and not torch.compiler.is_exporting():
         reason = _named("triton").declines(source, num_sources) if TRITON_INSTALLED else "Triton is not installed"
         name = "eager" if reason else "triton"
     elif source.is_cpu and not torch.compiler.is_compiling():

@@ -125,7 +125,7 @@ def _wide(x: Tensor) -> torch.dtype:
 
 @_experts.register_fake
 def _(x_ND: Tensor, weight_R: Tensor, token_R: Tensor, count_E: Tensor, gate_EID: Tensor, *_: Any) -> Any:
-    rows = (x_ND.new_empty(len(token_R), gate_EID.shape[1]) for _ in range(2))
+    rows = (x_ND.new_empty(token_R.shape[0], gate_EID.shape[1]) for _ in range(2))  # len would make a symbol a number
     return torch.empty_like(x_ND), *rows
 
 

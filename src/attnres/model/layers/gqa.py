@@ -67,7 +67,7 @@ def sdpa(layer: Any, q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Tenso
         k_BKSE,
         v_BKSE,
         attn_mask=mask,
-        is_causal=mask is None and tokens > 1,
+        is_causal=mask is None and not earlier,
         scale=layer.head_dim**-0.5,
         enable_gqa=q_BHTE.shape[1] != k_BKSE.shape[1],
     )
@@ -173,7 +173,7 @@ class Attention(Layer):
 
 def rotary_factors(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """cos and sin [..., T, head_dim] in fp32 for positions [..., T]; the two halves of a head rotate together."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():  # a program must run without this package
         return _opaque_rotary_factors(positions, head_dim, theta)
     return _rotary_factors(positions, head_dim, theta)
 

@@ -125,7 +125,7 @@ class KimiDeltaAttention(Layer):
         earlier = None if context.cache is None else context.cache.linear_state(self.layer_idx)
         mixed_BT3N = torch.cat([self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)], -1)
         if earlier is not None:
-            rows = len(x_BTD) if cu_seqlens is None else len(cu_seqlens) - 1
+            rows = x_BTD.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
             self._check_state(earlier, rows, mixed_BT3N.shape[-1])
         q_BTHE, k_BTHE, v_BTHE, conv = self._convolved(mixed_BT3N, earlier, cu_seqlens)
         wide = torch.promote_types(x_BTD.dtype, torch.float32)

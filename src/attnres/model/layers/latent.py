@@ -63,7 +63,9 @@ class MultiHeadLatentAttention(Layer):
         c_B1SR, p_B1SP = normed(c_BTR, self.kv_a_layernorm).unsqueeze(1), p_BTP.unsqueeze(1)
         if context.cache is not None:
             c_B1SR, p_B1SP = context.cache.update(c_B1SR, p_B1SP, self.layer_idx)
-        w_YR = bare_weight(self.kv_b_proj) if context.absorb else None  # None with an adapter, which wants a call
+        # none with an adapter, which wants a call, nor in an exported program, which cannot choose by the tokens
+        absorb = context.absorb and not torch.compiler.is_exporting()
+        w_YR = bare_weight(self.kv_b_proj) if absorb else None
         if w_YR is not None and self.absorbs(x_BTD.shape[1], c_B1SR.shape[2]):
             o_BTHV = self.absorbed(q_BHTE, c_B1SR, p_B1SP, w_YR, context)
         else:

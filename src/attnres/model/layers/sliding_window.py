@@ -36,17 +36,23 @@ class SlidingWindowAttention(Attention):
     def attend(self, q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, context: Context) -> Tensor:
         if context.attend is not sdpa:  # which gets masks for windows
             return context.attend(self, q_BHTE, k_BKSE, v_BKSE, context.window_mask)
+        if torch.compiler.is_exporting():  # a program for any number of tokens has no number of slices
+            return self._attend_slice(q_BHTE, k_BKSE, v_BKSE, context.mask)
         window, earlier, outputs = self.sliding_window, k_BKSE.shape[2] - q_BHTE.shape[2], []
         for first, queries in enumerate(q_BHTE.split(window, 2)):
             end = earlier + first * window + queries.shape[2]
             begin = max(0, earlier + (first - 1) * window + 1)
-            position = torch.arange(begin, end, device=q_BHTE.device)
-            age = position[-queries.shape[2] :, None] - position
-            seen = (age >= 0) & (age < window)
-            if context.mask is not None:
-                seen = seen & context.mask[first * window : first * window + queries.shape[2], begin:end]
-            outputs.append(sdpa(self, queries, k_BKSE[:, :, begin:end], v_BKSE[:, :, begin:end], seen))
+            mask = context.mask
+            if mask is not None:
+                mask = mask[first * window : first * window + queries.shape[2], begin:end]
+            outputs.append(self._attend_slice(queries, k_BKSE[:, :, begin:end], v_BKSE[:, :, begin:end], mask))
         return torch.cat(outputs, 1)
+
+    def _attend_slice(self, q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Tensor | None) -> Tensor:
+        position = torch.arange(k_BKSE.shape[2], device=q_BHTE.device)
+        age = position[k_BKSE.shape[2] - q_BHTE.shape[2] :, None] - position
+        seen = (age >= 0) & (age < self.sliding_window)
+        return sdpa(self, q_BHTE, k_BKSE, v_BKSE, seen if mask is None else seen & mask)
 
     def flops(self, context: int) -> float:
         """As of grouped-query attention, over the keys that a token sees on average."""
