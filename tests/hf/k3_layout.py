@@ -159,9 +159,9 @@ def write(
     *,
     images: bool = True,
     shards: int = 1,
-    whole: dict[str, Any] | None = None,
+    **whole: Any,
 ) -> None:
-    """A checkpoint of the text model, or of one for images around it, in one file or several."""
+    """A checkpoint of the text model, or of one for images around it, in so many files. whole: further settings."""
     folder.mkdir(parents=True, exist_ok=True)
     config = c
     if images:
@@ -177,11 +177,11 @@ def write(
         ["model.safetensors"] if shards == 1 else [f"model-{i:05}-of-{shards:05}.safetensors" for i in range(shards)]
     )
     for i, file in enumerate(files):
-        save_file({name: values[name].contiguous() for name in names[i::shards]}, folder / file)
+        save_file({name: values[name].clone() for name in names[i::shards]}, folder / file)
     if shards > 1:
         index = {"weight_map": {name: files[i] for i in range(shards) for name in names[i::shards]}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps({**config, **(whole or {})}))
+    (folder / "config.json").write_text(json.dumps({**config, **whole}))
 
 
 def forward(t: dict[str, Tensor], c: dict[str, Any], ids: Tensor) -> Tensor:

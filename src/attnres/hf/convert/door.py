@@ -19,7 +19,6 @@ from ...errors import Failure, UsageError, first_line
 from ...files import is_gguf
 from ..gguf_file import forget_quantisation, place_of
 from ..kimi_k3 import door as kimi_k3
-from ..kimi_k3.config import has_attention_residuals
 from . import classes, table, whole
 from .classes import (
     base_of,
@@ -160,8 +159,6 @@ def read_config(folder: str | Path) -> Any:
         config = AutoConfig.from_pretrained(place, **more)
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{folder} is no model: it has no config that can be read: {first_line(error)}") from error
-    if has_attention_residuals(config.to_dict()):
-        raise UsageError(f"{folder} is in Kimi K3's layout, which is read from a folder; download it and give that")
     table.check_config(config)
     return config
 
@@ -210,11 +207,6 @@ def _check_model(model: Any) -> None:
         )
     if is_converted(model) or model.config.model_type == "attnres":
         raise UsageError(f"{type(model).__name__} has Attention Residuals already")
-    if has_attention_residuals(model.config.to_dict()):
-        raise UsageError(
-            f"{type(model).__name__} computes the model without its own Attention Residuals (attn_res_block_size); "
-            "load its folder with attnres.hf.load"
-        )
     if getattr(model, "peft_config", None) or getattr(model, "_hf_peft_config_loaded", False):
         raise UsageError("the model carries adapters; convert it first and add them afterwards")
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:

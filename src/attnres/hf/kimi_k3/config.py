@@ -59,15 +59,11 @@ def text_of(folder: str | Path) -> dict[str, Any] | None:
     text = whole.get("text_config", whole)
     if not isinstance(text, dict):
         return None
-    if whole.get("model_type") != "kimi_k3" and not has_attention_residuals(text):
+    has_depth = text.get("model_type") == "kimi_linear" and text.get("attn_res_block_size") is not None
+    if whole.get("model_type") != "kimi_k3" and not has_depth:
         return None
     outside = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "quantization_config")
     return {**{name: whole[name] for name in outside if name in whole}, **text}
-
-
-def has_attention_residuals(text: dict[str, Any]) -> bool:
-    """Whether settings are those of a kimi_linear model with Attention Residuals, which transformers leaves out."""
-    return text.get("model_type") in ("kimi_linear", "kimi_k3") and text.get("attn_res_block_size") is not None
 
 
 def native(text: dict[str, Any]) -> AttnResConfig:
@@ -80,6 +76,8 @@ def native(text: dict[str, Any]) -> AttnResConfig:
     check_counts(attn_res_block_size=block_size)
     fields = {name: _there(text, name) for name in _SAME}
     fields |= {name: text.get(name, default) for name, default in _DEFAULTS.items()}
+    if "model_max_length" in text:  # as transformers writes it
+        fields["max_position_embeddings"] = text["model_max_length"]
     fields |= {"head_dim": text.get("head_dim") or text["v_head_dim"], **_attention(text), **_experts(text)}
     if fields["hidden_act"] == "situ":
         fields["activation_situ_beta"] = _there(text, "activation_situ_beta")
@@ -125,6 +123,8 @@ def _check(text: dict[str, Any]) -> None:
 
 def _attention(text: dict[str, Any]) -> dict[str, Any]:
     linear = _there(text, "linear_attn_config")
+    if not isinstance(linear, dict):
+        raise UsageError("linear_attn_config must be an object in the config.json of the Kimi K3 model; fetch it again")
     blocks = range(1, text["num_hidden_layers"] + 1)
     full, delta = (linear.get(name) or [] for name in ("full_attn_layers", "kda_layers"))
     if sorted([*full, *delta]) != list(blocks):
