@@ -227,7 +227,7 @@ EXPERT = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
         (lambda t: {**t, EXPERT: torch.ones(16, 8)}, r"experts.2.w2.weight is \[16, 8\], and it must be \[16, 7\]"),
         (lambda t: {n + "_packed" * (n == EXPERT): v for n, v in t.items()},
          "are quantised, such as .*w2.weight_packed"),
-        (lambda t: {**t, EXPERT: t[EXPERT].to(torch.float8_e4m3fn)}, "are quantised, such as .*w2.weight, and are read"),
+        (lambda t: {**t, EXPERT: t[EXPERT].to(torch.float8_e4m3fn)}, "are quantised, such as .*w2.weight, and are"),
     ],
 )  # fmt: skip
 def test_weights_that_do_not_fit_are_refused_from_their_headers(tmp_path, monkeypatch, change, said):
