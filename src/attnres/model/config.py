@@ -197,9 +197,7 @@ class DecoderShape:
         if self.routed_expert_hidden_size is not None:
             _positive("routed_expert_hidden_size", self.routed_expert_hidden_size)
         elif self.latent_moe_use_norm:
-            raise UsageError(
-                "latent_moe_use_norm is of experts with a width of their own; give routed_expert_hidden_size"
-            )
+            raise UsageError("latent_moe_use_norm is for experts of another width; give routed_expert_hidden_size")
         if not 0 < self.routed_scaling_factor < float("inf"):
             raise UsageError(f"routed_scaling_factor must be positive; it is {self.routed_scaling_factor}")
 
