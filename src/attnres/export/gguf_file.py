@@ -46,8 +46,8 @@ def check(config: DecoderConfig) -> None:
     for kind in ("kda", "mla"):
         if kind not in config.attention_kinds:
             raise UsageError(
-                f"llama.cpp runs Kimi K3's architecture where there are kda and mla layers, and the model has no {kind} "
-                "layer; export --to kimi-k3, or a model that has both"
+                f"llama.cpp runs Kimi K3 where it has kda and mla layers, and the model has no {kind} layer; "
+                "export --to kimi-k3, or a model that has both"
             )
 
 

@@ -1,8 +1,8 @@
 """A folder in Kimi K3's checkpoint layout: config.json, safetensors, and what the tokenizer needs.
 
-Two of our functions are limits of theirs. silu(g) is b tanh(g / b) sigmoid(g) at a large b (`BETA`). And a read with
-`stream_scale` is theirs times its number of sources n, which the RMSNorm behind it takes away again, but for its eps:
-e in place of e / n^2, beside the mean square of what is read.
+silu(g) is the limit of b tanh(g / b) sigmoid(g) for a large b (`BETA`). A read with `stream_scale` is Kimi K3's times
+its number of sources n, which the RMSNorm behind it takes away again, but for its eps: beside the mean square of a read
+theirs has rms_norm_eps where ours has that / n^2. Nor has theirs an eps of its own for keys.
 """
 
 from __future__ import annotations
