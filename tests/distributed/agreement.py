@@ -25,6 +25,19 @@ SHAPE = {
     "intermediate_size": 24,
 }
 
+K3 = {
+    "hidden_act": "situ",
+    "activation_situ_beta": 1.5,
+    "activation_situ_linear_beta": 2.0,
+    "linear_gate_lower_bound": -5.0,
+    "linear_full_rank_gate": True,
+    "q_lora_rank": 6,
+    "mla_use_output_gate": True,
+    "routed_expert_hidden_size": 10,
+    "latent_moe_use_norm": True,
+}
+"""What Kimi K3's layers have that Kimi Linear's have not."""
+
 
 @dataclass(frozen=True)
 class Case:

@@ -5,7 +5,7 @@ import pytest
 from attnres import residual
 from attnres.parallel.config import ParallelConfig
 
-from .agreement import Case, errors
+from .agreement import K3, Case, errors
 
 LAYOUTS = [
     {"tp": 2},
@@ -84,6 +84,14 @@ HYBRID = {
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_so_they_are_with_delta_attention_latent_attention_and_experts(world, sizes, checkpointing):
     assert_equal(worst(world, Case(sizes, {**HYBRID, **PLAIN}, checkpointing=checkpointing, accumulate=2)))
+
+
+@pytest.mark.parametrize("sizes", [{"tp": 2}, {"shard": 2, "tp": 2, "ep": 2}], ids=name)
+@pytest.mark.parametrize("normalised", [True, False])
+def test_so_they_are_with_the_layers_of_kimi_k3(world, sizes, normalised):
+    """The norm of latent experts is of their whole sum, in front of the end of the layer."""
+    shape = {**HYBRID, "num_experts": 4, **PLAIN, **K3, "latent_moe_use_norm": normalised}
+    assert_equal(worst(world, Case(sizes, shape, checkpointing=True, accumulate=2)))
 
 
 EXPERT_LAYOUTS = [

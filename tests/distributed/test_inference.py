@@ -17,7 +17,7 @@ from attnres.parallel import inference, mesh, tensor
 from attnres.parallel.config import ParallelConfig
 
 from . import runs
-from .agreement import CPU, SHAPE, decoder
+from .agreement import CPU, K3, SHAPE, decoder
 
 HYBRID = {
     "attention_pattern": ("kda", "mla", "gqa"),
@@ -35,6 +35,8 @@ MODELS = [
     {"residual": "mhc"},
     HYBRID,
     {**HYBRID, "num_shared_experts": 0},
+    {**HYBRID, **K3},
+    {**HYBRID, **K3, "latent_moe_use_norm": False, "num_shared_experts": 0},
 ]
 # prompts at once and in chunks, longer and shorter than the processes are many, then token after token
 PARTS = [[7, 1, 1], [8, 1], [3, 3, 3, 1], [1] * 5, [2, 9, 1]]

@@ -1,5 +1,7 @@
 """What cannot be converted is refused with the reason, in one sentence, and left as it was."""
 
+from functools import partial
+
 import pytest
 import torch
 import transformers
@@ -21,6 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from attnres import hf
 from attnres.errors import UsageError
 from attnres.hf.convert import table
+from attnres.hf.convert.door import load_pretrained
 from attnres.hf.convert.folder import convert_folder
 from attnres.hf.convert.table import Architecture
 from attnres.model import Decoder, DecoderConfig
@@ -215,15 +218,19 @@ def test_entries_that_do_not_describe_the_layer(monkeypatch, name, changes, entr
     assert "\n" not in str(caught.value) and type(model).__name__ == f"{name}ForCausalLM"
 
 
-def test_attention_over_depth_that_transformers_would_leave_out(tmp_path):
-    name = "kimi_linear" if "kimi_linear" in ALL else "llama"
+@pytest.mark.parametrize("name", sorted({"llama", "kimi_linear"} & set(ALL)))
+def test_attention_over_depth_that_transformers_would_leave_out(tmp_path, name):
+    """A kimi_linear folder is read as Kimi K3's, and transformers' class of it writes no such layout."""
     model = build(name, torch.float32, attn_res_block_size=2)
     said = r"attn_res_block_size=2, so the model was trained with attention over depth"
     with pytest.raises(UsageError, match=said):
         hf.convert(model)
     model.save_pretrained(tmp_path / "model")
-    for call in (open_model, hf.load, lambda folder: convert_folder(folder, tmp_path / "out")):
-        with pytest.raises(UsageError, match=said):
+    pretrained = partial(open_model, pretrained=True)
+    for call in (open_model, pretrained, hf.load, load_pretrained, lambda x: convert_folder(x, tmp_path / "out")):
+        with pytest.raises(
+            UsageError, match=said if name == "llama" else "of Kimi K3 models mla_use_nope must be True"
+        ):
             call(tmp_path / "model")
     assert not (tmp_path / "out").exists()
     hf.convert(build(name, attn_res_block_size=None))

@@ -69,7 +69,7 @@ torch.manual_seed(0)
 hybrid = AttnResForCausalLM(AttnResConfig(
     vocab_size=64, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, attention_pattern=("kda", "mla", "gqa"),
     num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, first_k_dense_replace=1, linear_chunk_size=4,
-    max_position_embeddings=64, initializer_range=0.3, residual_options={"num_blocks": 2},
+    max_position_embeddings=64, initializer_range=0.3, residual_options={"num_blocks": 2}, MORE
 ))
 for p in hybrid.model.residual.parameters():
     torch.nn.init.normal_(p)
@@ -80,7 +80,7 @@ dist.barrier()
 split = AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=2))
 delta, latent, experts = split.model.layers[0], split.model.layers[2], split.model.layers[3]
 assert delta.A_log.to_local().shape == (2,) and latent.kv_b_proj.weight.to_local().shape == (32, 32)
-assert experts.down_proj.to_local().shape == (4, 32, 4)
+assert experts.down_proj.to_local().shape == (4, hybrid.config.routed_expert_hidden_size or 32, 4)
 for model in (split, hybrid):
     model.eval()
 with torch.no_grad():
@@ -100,10 +100,16 @@ except UsageError as error:
     assert str(error).startswith("linear_num_heads must be a multiple of the tensor-parallel processes: 3 over 2")
 """
 
+KIMI_K3 = """
+    hidden_act="situ", linear_gate_lower_bound=-5.0, linear_full_rank_gate=True, q_lora_rank=12,
+    mla_use_output_gate=True, routed_expert_hidden_size=16, latent_moe_use_norm=True,
+"""
+
 
 def test_tensor_parallel_and_fsdp_compute_the_same(tmp_path):
     script = tmp_path / "worker.py"
-    script.write_text(WORKER.replace("\nHYBRID\n", HYBRID))
+    hybrids = "".join(HYBRID.replace("MORE", more) for more in ("", KIMI_K3))
+    script.write_text(WORKER.replace("\nHYBRID\n", hybrids))
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])

@@ -47,6 +47,43 @@ def test_the_pattern_repeats_and_the_first_blocks_stay_dense():
     assert kinds[1::2] == ["FeedForward"] + 4 * ["MixtureOfExperts"]
 
 
+K3 = dict(
+    hidden_act="situ",
+    activation_situ_beta=1.5,
+    linear_gate_lower_bound=-5.0,
+    linear_full_rank_gate=True,
+    q_lora_rank=12,
+    mla_use_output_gate=True,
+    routed_expert_hidden_size=20,
+    latent_moe_use_norm=True,
+)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("parts", [[1] * 11, [4, 1, 1, 5]])
+def test_cached_decoding_with_kimi_k3s_layers(parts):
+    model, cache = decoder(**K3).eval(), KeyValueCache()
+    logits = torch.cat([model(part, cache) for part in IDS.split(parts, 1)], 1)
+    torch.testing.assert_close(logits, model(IDS), rtol=1e-10, atol=1e-10)
+
+
+def test_initial_sizes_of_kimi_k3s_layers_follow_their_roles():
+    """What adds to the stream starts smaller, what leads to a latent does not."""
+    model = Decoder(DecoderConfig(**{**SHAPE, **K3, "hidden_size": 256}, residual="block_attnres"))
+    small = 0.2 * 10**-0.5
+    moe, mla = model.layers[3], model.layers[2]
+    for tensor, std in (
+        (moe.routed_expert_up_proj.weight, small),
+        (moe.routed_expert_down_proj.weight, 0.2),
+        (moe.down_proj, 0.2),
+        (mla.g_proj.weight, 0.2),
+        (mla.q_b_proj.weight, 0.2),
+        (mla.o_proj.weight, small),
+    ):
+        assert tensor.std().item() == pytest.approx(std, rel=0.05)
+    assert model(IDS).isfinite().all()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("pattern", [("kda", "mla", "gqa"), ("kda",), ("mla", "kda")])
 @pytest.mark.parametrize("parts", [[1] * 11, [4, 1, 1, 5], [2, 9]])
@@ -116,6 +153,16 @@ def test_analysis_reads_hybrids():
         ({"num_experts": -1}, "num_experts must be a non-negative whole number"),
         ({"kv_lora_rank": 0}, "kv_lora_rank must be a positive whole number"),
         ({"routed_scaling_factor": 0.0}, "routed_scaling_factor must be positive"),
+        ({"hidden_act": "gelu"}, "hidden_act must be silu or situ; it is 'gelu'"),
+        ({"activation_situ_beta": 0.0}, "activation_situ_beta must be positive; it is 0.0"),
+        (
+            {"activation_situ_linear_beta": -1.0},
+            "activation_situ_linear_beta must be positive, or 0 for none; it is",
+        ),
+        ({"linear_gate_lower_bound": 5.0}, "linear_gate_lower_bound must be negative, such as -5, or None; it is 5.0"),
+        ({"q_lora_rank": 0}, "q_lora_rank must be a positive whole number; it is 0"),
+        ({"routed_expert_hidden_size": 0}, "routed_expert_hidden_size must be a positive whole number; it is 0"),
+        ({"latent_moe_use_norm": True}, "latent_moe_use_norm is for experts of another width; give routed_expert_hid"),
     ],
 )
 def test_shapes_that_cannot_be(changes, message):

@@ -231,24 +231,46 @@ def literal(module, x):
                 mixed = sum(p[f"{name}_conv1d"][:, i] * seen[i] for i in range(4))
                 found[name] = (mixed * mixed.sigmoid()).view(heads, width)
             q, k = (found[n] / (found[n].square().sum(-1, keepdim=True) + 1e-6).sqrt() for n in "qk")
-            step = F.softplus(p["f_b_proj.weight"] @ p["f_a_proj.weight"] @ x[b, t] + p["dt_bias"]).view(heads, width)
+            rate = (p["f_b_proj.weight"] @ p["f_a_proj.weight"] @ x[b, t] + p["dt_bias"]).view(heads, width)
+            bound = module.gate_lower_bound
             beta = (p["b_proj.weight"] @ x[b, t]).sigmoid()
             o = torch.empty(heads, width, dtype=x.dtype)
             for h in range(heads):
-                decayed = torch.exp(-p["A_log"][h].exp() * step[h])[:, None] * S[h]
+                A = p["A_log"][h].exp()
+                g = -A * F.softplus(rate[h]) if bound is None else bound / (1 + (-A * rate[h]).exp())
+                decayed = g.exp()[:, None] * S[h]
                 S[h] = decayed + beta[h] * torch.outer(k[h], found["v"][h] - decayed.T @ k[h])
                 o[h] = S[h].T @ q[h] / width**0.5
             o = o / (o.square().mean(-1, keepdim=True) + 1e-5).sqrt() * p["o_norm.weight"]
-            gate = (p["g_b_proj.weight"] @ p["g_a_proj.weight"] @ x[b, t]).sigmoid()
+            gate = p["g_proj.weight"] if "g_proj.weight" in p else p["g_b_proj.weight"] @ p["g_a_proj.weight"]
+            gate = (gate @ x[b, t]).sigmoid()
             y[b, t] = p["o_proj.weight"] @ (o.flatten() * gate)
     return y
 
 
+K3 = {"gate_lower_bound": -5.0, "full_rank_gate": True}
+
+
 @torch.no_grad()
-def test_the_layer_is_its_formula():
-    module, x = layer(), hidden(11)
+@pytest.mark.parametrize("changes", [{}, K3, {"gate_lower_bound": -0.5}, {"full_rank_gate": True}])
+def test_the_layer_is_its_formula(changes):
+    module, x = layer(**changes), hidden(11)
+    module.A_log.uniform_(-1, 1)
+    module.dt_bias.uniform_(-2, 2)
     module.o_norm.weight.uniform_(0.5, 2)
     torch.testing.assert_close(run(module, x), literal(module, x), rtol=1e-10, atol=1e-10)
+
+
+def test_gradients_of_a_bounded_decay():
+    module = layer(**K3, head_dim=2)
+    x = hidden(3, batch=1).requires_grad_()
+    torch.autograd.gradcheck(lambda x, *_: run(module, x), (x, module.A_log, module.dt_bias, module.g_proj.weight))
+
+
+def test_no_decay_is_stronger_than_its_bound():
+    module = layer(**K3)
+    g = module._log_decay(1e3 * hidden(5))
+    assert g.min() >= -5 and g.min() < -4.99 and g.max() <= 0
 
 
 @torch.no_grad()
@@ -287,8 +309,9 @@ def gradients(function, module, x):
     return y, *torch.autograd.grad((y * torch.linspace(-1, 2, y.numel()).to(y).view_as(y)).sum(), [x, *used])
 
 
-def test_checkpointing_and_compiling_change_nothing():
-    module, x = layer(), hidden(19)
+@pytest.mark.parametrize("changes", [{}, K3])
+def test_checkpointing_and_compiling_change_nothing(changes):
+    module, x = layer(**changes), hidden(19)
     expected = gradients(lambda x: run(module, x), module, x)
     context = SimpleNamespace(cache=None, cu_seqlens=None)
     compiled = torch.compile(lambda x: module(x, context), fullgraph=True, backend="aot_eager")
@@ -307,6 +330,20 @@ def test_half_precision_in_the_layer(autocast):
     truth = run(exact, x)
     assert y.dtype == torch.bfloat16 and cache.states[3].memory.dtype == torch.float32
     assert (y.double() - truth).norm() < 0.03 * truth.norm()
+
+
+def test_a_bounded_decay_starts_as_flash_linear_attention_has_it():
+    """A of 16 would shut the sigmoid."""
+    values = dict(layer(**K3).initial_values(lambda role: 0.0, torch.Generator().manual_seed(0), "cpu"))
+    assert not values["A_log"].any()
+    assert values["dt_bias"].min() > -7 and values["dt_bias"].max() < -2.2
+
+
+def test_one_gate_matrix_is_split_by_heads():
+    assert layer(**K3).split["g_proj.weight"] == 0 and "g_b_proj.weight" not in layer(**K3).split
+    plain = {name: p.numel() for name, p in layer().named_parameters()}
+    other = {name: p.numel() for name, p in layer(**K3).named_parameters()}
+    assert set(plain) - set(other) == {"g_a_proj.weight", "g_b_proj.weight"} and other["g_proj.weight"] == 12 * 8
 
 
 def test_parameters_and_their_initial_values():

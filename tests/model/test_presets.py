@@ -28,6 +28,24 @@ def test_the_48b_model_is_the_published_one():
     assert (residual.num_blocks, len(residual.block_starts)) == (9, 9) and config.num_layers == 54
 
 
+def test_the_tiny_kimi_k3_counts_as_published_and_matrix_by_matrix():
+    config = preset("kimi-k3-tiny")
+    counts = config.parameter_counts()
+    assert counts["total"] == pytest.approx(0.40e9, rel=0.005)
+    full = [block + 1 for block, kind in enumerate(config.attention_kinds) if kind == "mla"]
+    assert full == [4, 8] and config.build_residual().block_starts == (0, 8)
+    D, N = 1024, 8 * 32
+    delta = 5 * D * N + 32 * (D + N) + 8 * D + 3 * 4 * N + N + 8 + 32
+    latent = 256 * (D + 8 * 96) + 256 + D * (128 + 32) + 128 + 128 * 8 * 128 + 2 * D * 8 * 64
+    expert, shared = 3 * 512 * 256, 3 * D * 2 * 256
+    experts = 8 * D + 8 * expert + 2 * D * 512 + 512 + shared
+    layers = 6 * delta + 2 * latent + 7 * experts + 3 * D * 4096 + 16 * D
+    depth = 17 * 2 * D
+    assert counts["embedding"] == 2 * 163840 * D
+    assert counts["total"] == counts["embedding"] + layers + D + depth
+    assert counts["activated"] == layers + D + depth - 7 * 6 * expert
+
+
 def test_activated_leaves_out_the_experts_that_a_token_does_not_meet():
     shape = dict(vocab_size=11, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, residual="prenorm")
     few = DecoderConfig(**shape, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=5).parameter_counts()
@@ -50,6 +68,24 @@ def test_operations_of_every_kind_by_hand():
     width = 2 * 4
     delta = 2 * (4 * 8 * width + 2 * (8 * 4 + 4 * width) + 8 * 2 + 3 * 4 * width)
     assert forward("kda", 9) == forward("kda", 999) == common + delta + width * (6 * 4 + 5 * 65)
+
+
+def test_operations_of_kimi_k3s_layers_by_hand():
+    shape = dict(vocab_size=11, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, residual="prenorm")
+    sizes = dict(kv_lora_rank=6, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=3, linear_head_dim=4)
+    experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=5, routed_expert_hidden_size=7)
+    more = dict(q_lora_rank=9, mla_use_output_gate=True, linear_full_rank_gate=True, latent_moe_use_norm=True)
+    common = 2 * (2 * 3 * 7 * 5 + 2 * 8 * 7 + 3 * 8 * 5 + 4 * 8) + 2 * 11 * 8
+
+    def forward(kind, context):
+        config = DecoderConfig(**shape, **sizes, **experts, **more, attention_pattern=(kind,), hidden_act="situ")
+        return config.flops_per_token(context) / 3
+
+    latent = 2 * (8 * 9 + 9 * 12 + 8 * 8 + 6 * 14 + 2 * 6 * 8)
+    assert forward("mla", 9) == common + latent + 2 * 5 * 2 * (6 + 3)
+    width = 2 * 4
+    delta = 2 * (5 * 8 * width + 8 * 4 + 4 * width + 8 * 2 + 3 * 4 * width)
+    assert forward("kda", 9) == common + delta + width * (6 * 4 + 5 * 65)
 
 
 @pytest.mark.parametrize("name", presets())

@@ -57,6 +57,11 @@ def check_folder(folder: Path) -> None:
             f"{folder} is no model: its config.json cannot be used ({error}); give another folder"
         ) from error
     kind = values.get("model_type")
+    if kind in ("kimi_k3", "kimi_linear"):
+        from ..hf.kimi_k3.door import read_config  # with all of transformers
+
+        if read_config(folder) is not None:
+            return
     shape = values.get("model") if kind is None else values
     name = shape.get("residual") if isinstance(shape, dict) else None
     if not isinstance(name, str):

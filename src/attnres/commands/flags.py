@@ -13,6 +13,7 @@ import inspect
 import sys
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -152,8 +153,9 @@ def shape_of(model: DecoderConfig) -> Values:
     for name in (f.name for f in fields if f.default is None):
         if name == "head_dim" and sizes[name] * model.num_attention_heads != model.hidden_size:
             continue  # without it the heads may not fit
-        if getattr(DecoderConfig(**{**sizes, name: None}), name) == sizes[name]:
-            shape[name] = None
+        with suppress(UsageError):  # of a shape that cannot be without it
+            if getattr(DecoderConfig(**{**sizes, name: None}), name) == sizes[name]:
+                shape[name] = None
     return {f"model.{name}": value for name, value in shape.items()}
 
 

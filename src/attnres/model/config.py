@@ -32,7 +32,14 @@ class DecoderShape:
     head_dim: int | None = None
     """Width of one head, even; the default is hidden_size / num_attention_heads."""
     intermediate_size: int | None = None
-    """Inner width of the SwiGLU MLP; the default is 8/3 hidden_size rounded up to a multiple of 64."""
+    """Inner width of a dense MLP; the default is 8/3 hidden_size rounded up to a multiple of 64."""
+    hidden_act: str = "silu"
+    """Activation of all MLPs, experts included: silu, or situ, Kimi K3's (b tanh(g / b) sigmoid(g) in place of silu(g),
+    and c tanh(u / c) in place of u)."""
+    activation_situ_beta: float = 4.0
+    """b of situ: the bound of the gate's branch."""
+    activation_situ_linear_beta: float = 25.0
+    """c of situ: the bound of the other branch; 0 for none."""
     attention_pattern: tuple[str, ...] = ("gqa",)
     """Kinds of attention layers, repeated over the Transformer blocks and cut at their number: gqa (grouped-query), mla
     (multi-head latent attention without positions), kda (Kimi Delta Attention), sliding_window (grouped-query over the
@@ -45,10 +52,19 @@ class DecoderShape:
     """Width of the key part that all heads of an mla layer share (and do not rotate); the default is head_dim / 2."""
     v_head_dim: int | None = None
     """Width of a value in an mla layer; the default is head_dim."""
+    q_lora_rank: int | None = None
+    """Width of a latent that the queries of an mla layer come from; by default they come from its input."""
+    mla_use_output_gate: bool = False
+    """Multiply what an mla layer attended to by a sigmoid of its input, before the output projection."""
     linear_num_heads: int | None = None
     """Heads of a kda layer; the default is num_attention_heads."""
     linear_head_dim: int | None = None
     """Width of keys and values of a kda layer, and the rank of its gates; the default is head_dim."""
+    linear_gate_lower_bound: float | None = None
+    """The strongest log-decay of a kda layer, negative (Kimi K3: -5): g = bound sigmoid(exp(A_log) (f + dt_bias)). By
+    default there is no bound: g = -exp(A_log) softplus(f + dt_bias)."""
+    linear_full_rank_gate: bool = False
+    """Make the output gate of a kda layer of one matrix instead of two of rank linear_head_dim."""
     linear_conv_kernel_dim: int = 4
     """Tokens that the short convolutions of a kda layer see."""
     linear_chunk_size: int = 64
@@ -66,6 +82,11 @@ class DecoderShape:
     moe_intermediate_size: int | None = None
     """Inner width of one expert; the default gives a token's experts the width of a dense MLP together, rounded up to a
     multiple of 8."""
+    routed_expert_hidden_size: int | None = None
+    """Width that routed experts read and write, between two matrices that all of a layer share; the default is
+    hidden_size, without such matrices. Shared experts keep hidden_size."""
+    latent_moe_use_norm: bool = False
+    """Normalise the sum of the routed experts at that width, before the matrix that leads back."""
     first_k_dense_replace: int = 0
     """Transformer blocks at the start whose MLP stays dense although there are experts."""
     routed_scaling_factor: float = 1.0
@@ -114,11 +135,22 @@ class DecoderShape:
             raise UsageError(f"rms_norm_eps must be zero or positive; it is {self.rms_norm_eps}")
         if not 0 <= self.initializer_range < float("inf"):
             raise UsageError(f"initializer_range must be zero or positive; it is {self.initializer_range}")
+        self._check_activation()
         self._set_attention()
         self._set_experts()
         self._check_elements()
         for layer_kind in dict.fromkeys(self.layer_kinds):
             layer_kind.check(self)
+
+    def _check_activation(self) -> None:
+        if self.hidden_act not in ("silu", "situ"):
+            raise UsageError(f"hidden_act must be silu or situ; it is {self.hidden_act!r}")
+        if not 0 < self.activation_situ_beta < float("inf"):
+            raise UsageError(f"activation_situ_beta must be positive; it is {self.activation_situ_beta}")
+        if not 0 <= self.activation_situ_linear_beta < float("inf"):
+            raise UsageError(
+                f"activation_situ_linear_beta must be positive, or 0 for none; it is {self.activation_situ_linear_beta}"
+            )
 
     def _set_attention(self) -> None:
         self.attention_pattern = tuple(self.attention_pattern)  # a list if it comes from a JSON file
@@ -140,6 +172,11 @@ class DecoderShape:
                 setattr(self, name, value)
         for name in (*defaults, "linear_conv_kernel_dim", "linear_chunk_size"):
             _positive(name, getattr(self, name))
+        if self.q_lora_rank is not None:
+            _positive("q_lora_rank", self.q_lora_rank)
+        bound = self.linear_gate_lower_bound
+        if bound is not None and not float("-inf") < bound < 0:
+            raise UsageError(f"linear_gate_lower_bound must be negative, such as -5, or None; it is {bound}")
         if self.linear_chunk_size & (self.linear_chunk_size - 1):
             raise UsageError(f"linear_chunk_size must be a power of two, such as 64; it is {self.linear_chunk_size}")
 
@@ -157,6 +194,10 @@ class DecoderShape:
             activated = self.num_experts_per_tok + self.num_shared_experts
             self.moe_intermediate_size = -(-self.intermediate_size // activated // 8) * 8
         _positive("moe_intermediate_size", self.moe_intermediate_size)
+        if self.routed_expert_hidden_size is not None:
+            _positive("routed_expert_hidden_size", self.routed_expert_hidden_size)
+        elif self.latent_moe_use_norm:
+            raise UsageError("latent_moe_use_norm is for experts of another width; give routed_expert_hidden_size")
         if not 0 < self.routed_scaling_factor < float("inf"):
             raise UsageError(f"routed_scaling_factor must be positive; it is {self.routed_scaling_factor}")
 

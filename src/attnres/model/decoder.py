@@ -242,8 +242,10 @@ def initial_std(decoder: Backbone, name: str) -> float:
 
 def expert_std(decoder: Backbone, role: str) -> float:
     """Standard deviation of the initial values of the experts' matrices of a role, "value" or "output"."""
-    assert decoder.config.moe_intermediate_size is not None
-    return _layer_std(decoder, role, decoder.config.moe_intermediate_size + decoder.config.hidden_size)
+    config = decoder.config
+    assert config.moe_intermediate_size is not None
+    width = config.hidden_size if config.routed_expert_hidden_size is None else config.routed_expert_hidden_size
+    return _layer_std(decoder, role, config.moe_intermediate_size + width)
 
 
 def _layer_std(decoder: Backbone, role: str, inputs_and_outputs: int) -> float:

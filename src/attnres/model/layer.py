@@ -46,6 +46,12 @@ class Layer(nn.Module):
     with the whole, as if it had fewer heads or a smaller inner width, and its output is then a part of a sum. A kind
     that says nothing is refused there."""
 
+    processes: int = 1
+    """How many processes share the layer under tensor parallelism, which sets this and `total`."""
+
+    total: Callable[[Tensor], Tensor] | None = None
+    """What adds up their parts of a sum, for a kind that needs one before its end; None in one process."""
+
     divides: ClassVar[tuple[str, ...]] = ()
     """The sizes of the config that such parts are parts of, so that the number of processes must divide them."""
 

@@ -92,6 +92,37 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 32768,
         "residual_options": {"block_size": 6},
     },
+    # Kimi K3's architecture in the sizes of the published Kimi-K3-0.40B; docs/architectures.md says which are ours
+    "kimi-k3-tiny": {
+        "vocab_size": 163840,
+        "hidden_size": 1024,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "attention_pattern": ("kda", "kda", "kda", "mla"),
+        "head_dim": 64,
+        "q_lora_rank": 256,
+        "kv_lora_rank": 128,
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 64,
+        "mla_use_output_gate": True,
+        "linear_head_dim": 32,
+        "linear_gate_lower_bound": -5.0,
+        "linear_full_rank_gate": True,
+        "hidden_act": "situ",
+        "intermediate_size": 4096,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "num_shared_experts": 2,
+        "moe_intermediate_size": 256,
+        "routed_expert_hidden_size": 512,
+        "latent_moe_use_norm": True,
+        "first_k_dense_replace": 1,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "residual_options": {"block_size": 8},  # four decoder layers, each with two layers
+    },
 }
 
 

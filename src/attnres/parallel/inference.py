@@ -35,10 +35,17 @@ def apply(model: Decoder, mesh: DeviceMesh) -> None:
     model.requires_grad_(False)
     for layer in layers_of(model):
         layer.leaves_partial_sums = True  # type: ignore[assignment]
+        layer.processes, layer.total = group.size(), partial(_total, group=group)
         for module, name, dim in list(split_parameters(layer)):
             module.register_parameter(name, _own_part(module.get_parameter(name), dim, group))
     _split_vocabulary(model, group)
     model.split_tokens = partial(TokenShards, group)
+
+
+def _total(part: Tensor, group: ProcessGroup) -> Tensor:
+    whole = part.contiguous()
+    distributed.all_reduce(whole, group=group)
+    return whole
 
 
 def _own_part(whole: Tensor, dim: int, group: ProcessGroup) -> nn.Parameter:

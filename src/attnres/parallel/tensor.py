@@ -138,6 +138,11 @@ def split_layer(
             share = forward(gathered.to_local(grad_placements=[Partial()]), context)
         return DTensor.from_local(share, mesh, [Partial()]).redistribute(placements=[tokens]).to_local()
 
+    def total(part: Tensor) -> Tensor:
+        whole = DTensor.from_local(part, mesh, [Partial()]).redistribute(placements=[Replicate()])
+        return whole.to_local(grad_placements=[Partial()])
+
+    layer.processes, layer.total = mesh.size(), total
     layer.forward = forward_share  # type: ignore[method-assign, assignment]
 
 

@@ -178,7 +178,7 @@ def _first_expert(layer: MixtureOfExperts, is_split: bool, _: object) -> Experts
         gate_ID, up_ID, down_DI = (weight[0] for weight in weights)
         order_R = torch.zeros(len(x_RD), dtype=torch.int64)
         x_RD = x_RD.index_select(0, order_R) if is_split else x_RD
-        y_RD = F.linear(F.silu(F.linear(x_RD, gate_ID)) * F.linear(x_RD, up_ID), down_DI)
+        y_RD = F.linear(layer.activation(F.linear(x_RD, gate_ID), F.linear(x_RD, up_ID)), down_DI)
         return y_RD.index_select(0, order_R.argsort()) if is_split else y_RD
 
     return run

@@ -1,4 +1,4 @@
-"""The model card of a converted model: what it was made of, under which licence, and how to load it."""
+"""The model card of a model that was made of another: what it is, under which licence, and how to load it."""
 
 import shutil
 from pathlib import Path
@@ -12,6 +12,20 @@ _TEXT = """
 
 `{name}` whose residual sums are now attention over depth ([Attention Residuals](https://arxiv.org/abs/2603.15031)):
 `{residual}`{options}. With queries at zero it computes what `{name}` does, to rounding; training takes it from there.
+
+```python
+import attnres.hf
+
+model = attnres.hf.load("this-folder")  # pip install 'attnres[hf]'
+```
+
+After `import attnres.hf` transformers' Auto classes load it too.
+"""
+_NATIVE = """
+# {name} as a native AttnRes model
+
+`{name}`, which has [Attention Residuals](https://arxiv.org/abs/2603.15031) of its own, `{residual}`{options}, under the
+names of the package `attnres`. The weights are the original's.
 
 ```python
 import attnres.hf
@@ -48,7 +62,8 @@ def write_card(model: Any, folder: Path, source: Path | None = None) -> None:
     if source is None and name == getattr(model.config, "_name_or_path", ""):
         facts["base_model"] = name  # of the Hub; a folder's name would mean another model there
     options = "".join(f", {key}={value!r}" for key, value in text_config.residual_options.items())
-    text = _TEXT.format(name=name, residual=text_config.residual, options=options)
+    form = _NATIVE if text_config.model_type == "attnres" else _TEXT
+    text = form.format(name=name, residual=text_config.residual, options=options)
     if before is not None and before.text.strip():
         text += f"\n# The card of {name}\n\n{before.text.strip()}\n"
     ModelCard(f"---\n{ModelCardData(**facts).to_yaml()}\n---\n{text}", ignore_metadata_errors=True).save(target)

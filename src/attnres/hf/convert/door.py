@@ -18,6 +18,7 @@ from ... import json_text
 from ...errors import Failure, UsageError, first_line
 from ...files import is_gguf
 from ..gguf_file import forget_quantisation, place_of
+from ..kimi_k3 import door as kimi_k3
 from . import classes, table, whole
 from .classes import (
     base_of,
@@ -91,7 +92,8 @@ def load(folder: str | Path, **options: Any) -> Any:
     `AttnResForCausalLM`.
 
     Args:
-        folder: what `save_pretrained` of such a model wrote.
+        folder: what `save_pretrained` of such a model wrote; or a checkpoint in Kimi K3's layout on disk, which is
+            loaded as a native model.
         options: of transformers' `from_pretrained`, such as dtype, device_map or attn_implementation.
 
     Raises UsageError if the folder holds no such model or its weights do not fit its config; Failure if a file is
@@ -99,6 +101,8 @@ def load(folder: str | Path, **options: Any) -> Any:
     """
     if options.pop("trust_remote_code", False):
         raise UsageError("trust_remote_code is not needed and not accepted: no code is run from a model's folder")
+    if (config := kimi_k3.read_config(folder)) is not None:
+        return kimi_k3.load(folder, config, **options)
     return load_weights(_class_in(folder), folder, **options)
 
 
@@ -129,8 +133,10 @@ def load_weights(model_class: Any, folder: str | Path, dropped: bool = False, **
 def load_pretrained(folder: str | Path, **options: Any) -> Any:
     """Loads any causal language model of transformers from a folder, a GGUF file or Hub name; raises what `load` does.
 
-    A GGUF file's weights are dequantised.
+    A GGUF file's weights are dequantised. What has Attention Residuals in Kimi K3's layout is loaded with them.
     """
+    if kind_of(read_config(folder)) == "native":
+        return load(folder, **options)
     return load_weights(AutoModelForCausalLM, folder, dropped=True, **options)
 
 
@@ -143,6 +149,8 @@ def kind_of(config: Any) -> Literal["native", "converted", "pretrained"]:
 
 def read_config(folder: str | Path) -> Any:
     """The transformers config in a model folder. Raises UsageError if there is none that can be read."""
+    if (native := kimi_k3.read_config(folder)) is not None:
+        return native
     place, more = place_of(folder)
     if Path(folder).is_dir() and not (Path(folder) / "config.json").is_file():
         raise UsageError(f"{folder} is no model: it has no config.json; give the folder of a transformers model")

@@ -13,9 +13,10 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from ... import json_text
 from ...errors import Failure, UsageError
 from ...files import is_gguf
+from ..kimi_k3 import door as kimi_k3
 from ..vocabulary import open_tokenizer
 from .card import write_card
-from .door import convert, load_pretrained, read_config
+from .door import convert, load, load_pretrained, read_config
 from .proof import sample_tokens
 
 TOLERANCE = 1e-4
@@ -42,6 +43,8 @@ def convert_folder(
 ) -> dict[str, Any]:
     """Converts the causal language model in folder or GGUF file `src` and writes it to the new folder `dst`.
 
+    A model in Kimi K3's layout has Attention Residuals already: it is written as a native one, with the same weights.
+
     What else is in the folder comes along: the tokenizer and its code, and the licence; a model card says what was
     done, above the original's.
 
@@ -57,7 +60,7 @@ def convert_folder(
 
     Returns {"source", "destination", "architecture", "model_class", "residual", "residual_options", "num_layers",
     "parameters_before", "parameters_added", "dtype", "sample_tokens", "largest_difference", "largest_logit",
-    "relative_difference"}, where differences are absolute unless said otherwise.
+    "relative_difference"}, where differences are absolute unless said otherwise, and None where nothing was compared.
 
     Raises UsageError for folders and models that cannot be converted; Failure if the converted model computes
     something else, in which case nothing is written, or if writing fails.
@@ -66,6 +69,8 @@ def convert_folder(
     config = _check_folders(source, destination)
     sizes: dict[str, Any] = {"num_blocks": num_blocks, "block_size": block_size, **options}
     result: dict[str, Any] = {"source": str(source), "destination": str(destination), "architecture": config.model_type}
+    if kimi_k3.is_kimi_k3(source):
+        return {**result, "architecture": "kimi_k3", **_rewrite(source, destination, residual, sizes, report)}
     result |= _verify(source, residual, sizes)
     report(
         f"largest difference of logits {result['largest_difference']:.3g}, relative to the largest logit "
@@ -81,9 +86,31 @@ def convert_folder(
     convert(model, residual, **sizes)
     _write(model, source, destination)
     report(f"wrote {destination}")
-    return result | {
+    return result | _described(model, before)
+
+
+def _rewrite(
+    source: Path, destination: Path, residual: str, sizes: dict[str, Any], report: Callable[[str], None]
+) -> dict[str, Any]:
+    if residual != "block_attnres" or any(value is not None for value in sizes.values()):
+        raise UsageError(
+            f"the model in {source} has Block AttnRes already, with blocks of its own; leave out --residual, "
+            "--num-blocks and --block-size"
+        )
+    model = load(source, dtype="auto")
+    report(
+        "the model has Attention Residuals already, in Kimi K3's layout: its weights go as they are into the native one"
+    )
+    _write(model, source, destination)
+    report(f"wrote {destination}")
+    compared = ("sample_tokens", "largest_difference", "largest_logit", "relative_difference")
+    return dict.fromkeys(compared) | _described(model, model.num_parameters())
+
+
+def _described(model: Any, before: int) -> dict[str, Any]:
+    return {
         "model_class": type(model).__name__,
-        "residual": residual,
+        "residual": model.config.residual,
         "residual_options": dict(model.config.residual_options),
         "num_layers": model.base_model.residual.num_layers,
         "parameters_before": before,

@@ -105,9 +105,12 @@ def check_config(config: Any) -> None:
     text = config.get_text_config()
     for name, value in vars(text).items():
         if name.startswith("attn_res_") and value and not hasattr(type(text), name):
+            mend = "take a version of transformers or code that computes it"
+            if text.model_type == "kimi_linear":
+                mend = "give the folder that it is in to attnres.hf.load, which reads Kimi K3's layout"
             raise UsageError(
                 f"the config has {name}={value!r}, so the model was trained with attention over depth, and "
-                f"transformers' {text.model_type!r} has none; take a version of transformers or code that computes it"
+                f"transformers' {text.model_type!r} has none; {mend}"
             )
 
 

@@ -4,6 +4,9 @@
     g = -exp(A_log) softplus(W_f2 W_f1 x + dt_bias)                     log-decay of each channel of a key
     y = W_o [sigmoid(W_g2 W_g1 x) * RMSNorm(delta_rule(q, k, v, g, beta))]
 
+Kimi K3 (arXiv 2607.24653) bounds the decay, g = bound sigmoid(exp(A_log) (W_f2 W_f1 x + dt_bias)), and has one matrix
+in the place of W_g2 W_g1.
+
 The convolutions are depthwise and causal. See `delta_rule` for the recurrence and its chunked form. Shape suffixes: B
 batch, T tokens, H heads, E head width, D model width, W convolution width, N = H E.
 """
@@ -44,6 +47,8 @@ class KimiDeltaAttention(Layer):
         layer_idx: counts attention layers of all kinds, for the cache.
         norm_eps: of the input norm and of the heads' output norm.
         chunk_size: C, tokens that are handled in parallel, a power of two.
+        gate_lower_bound: the strongest log-decay, negative; None for none.
+        full_rank_gate: whether the output gate is one matrix, g_proj, instead of g_a_proj and g_b_proj.
 
     Raises UsageError for a size that cannot be.
     """
@@ -69,13 +74,15 @@ class KimiDeltaAttention(Layer):
         layer_idx: int = 0,
         norm_eps: float = 1e-5,
         chunk_size: int = 64,
+        gate_lower_bound: float | None = None,
+        full_rank_gate: bool = False,
     ) -> None:
         super().__init__()
         check_counts(hidden_size=hidden_size, num_heads=num_heads, head_dim=head_dim, conv_size=conv_size)
         check_chunk_size(chunk_size)
         width = num_heads * head_dim
         self.num_heads, self.head_dim, self.conv_size = num_heads, head_dim, conv_size
-        self.layer_idx, self.chunk_size = layer_idx, chunk_size
+        self.layer_idx, self.chunk_size, self.gate_lower_bound = layer_idx, chunk_size, gate_lower_bound
         self.norm = nn.RMSNorm(hidden_size, norm_eps)
         self.q_proj = nn.Linear(hidden_size, width, bias=False)
         self.k_proj = nn.Linear(hidden_size, width, bias=False)
@@ -88,8 +95,13 @@ class KimiDeltaAttention(Layer):
         self.A_log = nn.Parameter(torch.empty(num_heads))
         self.dt_bias = nn.Parameter(torch.empty(width))
         self.b_proj = nn.Linear(hidden_size, num_heads, bias=False)
-        self.g_a_proj = nn.Linear(hidden_size, head_dim, bias=False)
-        self.g_b_proj = nn.Linear(head_dim, width, bias=False)
+        self.g_proj: nn.Linear | None = None
+        if full_rank_gate:
+            self.g_proj = nn.Linear(hidden_size, width, bias=False)
+            self.split = {path.replace("g_b_proj", "g_proj"): dim for path, dim in type(self).split.items()}
+        else:
+            self.g_a_proj = nn.Linear(hidden_size, head_dim, bias=False)
+            self.g_b_proj = nn.Linear(head_dim, width, bias=False)
         self.o_norm = nn.RMSNorm(head_dim, norm_eps)
         self.o_proj = nn.Linear(width, hidden_size, bias=False)
         self.reset_parameters()
@@ -105,6 +117,8 @@ class KimiDeltaAttention(Layer):
             layer_idx=block,
             norm_eps=config.rms_norm_eps,
             chunk_size=config.linear_chunk_size,
+            gate_lower_bound=config.linear_gate_lower_bound,
+            full_rank_gate=config.linear_full_rank_gate,
         )
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
@@ -129,15 +143,11 @@ class KimiDeltaAttention(Layer):
             self._check_state(earlier, rows, mixed_BT3N.shape[-1])
         q_BTHE, k_BTHE, v_BTHE, conv = self._convolved(mixed_BT3N, earlier, cu_seqlens)
         wide = torch.promote_types(x_BTD.dtype, torch.float32)
-        A_H1, dt_HE = self.A_log.to(wide).exp()[:, None], self.dt_bias.to(wide).unflatten(0, (-1, self.head_dim))
-        rate_BTHE = self._heads(self.f_b_proj(self.f_a_proj(x_BTD))).to(wide) + dt_HE
-        # softplus; the gradient of torch's own has strides that a compiler does not expect
-        g_BTHE = -A_H1 * torch.logaddexp(rate_BTHE, torch.zeros_like(rate_BTHE))
         o_BTHE, memory = delta_rule(
             _unit(q_BTHE.to(wide)),
             _unit(k_BTHE.to(wide)),
             v_BTHE,
-            g_BTHE,
+            self._log_decay(x_BTD),
             self.b_proj(x_BTD).to(wide).sigmoid(),
             None if earlier is None else earlier.memory,
             cu_seqlens,
@@ -145,8 +155,19 @@ class KimiDeltaAttention(Layer):
         )
         if context.cache is not None:
             context.cache.set_linear_state(self.layer_idx, KDAState(conv, memory))
-        gate_BTHE = self._heads(self.g_b_proj(self.g_a_proj(x_BTD))).sigmoid()
+        gate_BTN = self.g_b_proj(self.g_a_proj(x_BTD)) if self.g_proj is None else self.g_proj(x_BTD)
+        gate_BTHE = self._heads(gate_BTN).sigmoid()
         return self.o_proj((normed(o_BTHE, self.o_norm) * gate_BTHE).flatten(2)).view(shape)
+
+    def _log_decay(self, x_BTD: Tensor) -> Tensor:
+        """g [B, T, H, E], fp32 or wider."""
+        wide = torch.promote_types(x_BTD.dtype, torch.float32)
+        A_H1, dt_HE = self.A_log.to(wide).exp()[:, None], self.dt_bias.to(wide).unflatten(0, (-1, self.head_dim))
+        rate_BTHE = self._heads(self.f_b_proj(self.f_a_proj(x_BTD))).to(wide) + dt_HE
+        if self.gate_lower_bound is not None:
+            return self.gate_lower_bound * (A_H1 * rate_BTHE).sigmoid()
+        # softplus; the gradient of torch's own has strides that a compiler does not expect
+        return -A_H1 * torch.logaddexp(rate_BTHE, torch.zeros_like(rate_BTHE))
 
     def _convolved(
         self, mixed_BT3N: Tensor, earlier: KDAState | None, cu_seqlens: Tensor | None
@@ -188,8 +209,8 @@ class KimiDeltaAttention(Layer):
         self, std: Callable[[str], float], generator: torch.Generator | None, device: torch.device
     ) -> Iterator[tuple[str, Tensor]]:
         """Name and initial value of every parameter that is no module's, one after the other: convolutions uniform as
-        torch has them, exp(A_log) uniform in 1 .. 16, and dt_bias such that its softplus is log-uniform in 0.001 .. 0.1
-        (flash-linear-attention's). `std` is for layers with matrices of their own and not used."""
+        torch has them, exp(A_log) uniform in 1 .. 16, or 1 under a bound, and dt_bias such that its softplus is
+        log-uniform in 0.001 .. 0.1 (flash-linear-attention's). `std` is for layers with matrices of their own."""
 
         def uniform(name: str, low: float, high: float) -> Tensor:
             like = getattr(self, name)
@@ -198,7 +219,8 @@ class KimiDeltaAttention(Layer):
         bound = self.conv_size**-0.5
         for name in ("q_conv1d", "k_conv1d", "v_conv1d"):
             yield name, uniform(name, -bound, bound)
-        yield "A_log", uniform("A_log", 1, 16).log()
+        A_H = uniform("A_log", 1, 16)
+        yield "A_log", A_H.log() if self.gate_lower_bound is None else torch.zeros_like(A_H)
         step = 10 ** uniform("dt_bias", -3, -1)
         yield "dt_bias", step + torch.log(-torch.expm1(-step))
 

@@ -5,6 +5,9 @@
     k_h = [W_k,h c; p], v_h = W_v,h c                   N + P and V numbers
     y = W_o [softmax(q_h k_h^T / sqrt(N + P)) v_h]_h
 
+Queries are q = W_q x, or from a latent of their own, q = W_q RMSNorm(W_a x). Kimi K3 (arXiv 2607.24653) has an output
+gate: sigmoid(W_g x) times what W_o is applied to.
+
 The cache holds c and p: R + P numbers a token, whatever the number of heads (512 + 64 in the 48B model). In front of it
 there are two forms of one function. Expanded: make k and v of all tokens and attend with H heads. Absorbed: since
 q_h . W_k,h c = (W_k,h^T q_h) . c, attend with the latents themselves as the one key and value of all heads, and apply
@@ -34,6 +37,7 @@ class MultiHeadLatentAttention(Layer):
 
     word = "MLA"
     split = {"q_proj.weight": 0, "kv_b_proj.weight": 0, "o_proj.weight": 1}
+    roles = {**Layer.roles, "q_a_proj": "query_key", "q_b_proj": "query_key"}
     divides = ("num_attention_heads",)
     is_causal = True
     num_key_value_groups = 1
@@ -49,7 +53,19 @@ class MultiHeadLatentAttention(Layer):
         self.head_dim = self.own + self.shared
         heads, width = config.num_attention_heads, config.hidden_size
         self.norm = nn.RMSNorm(width, config.rms_norm_eps)
-        self.q_proj = nn.Linear(width, heads * self.head_dim, bias=False)
+        self.split = dict(type(self).split)
+        self.q_a_proj: nn.Linear | None = None
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(width, heads * self.head_dim, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(width, config.q_lora_rank, bias=False)
+            self.q_a_layernorm = nn.RMSNorm(config.q_lora_rank, config.rms_norm_eps)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, heads * self.head_dim, bias=False)
+            self.split["q_b_proj.weight"] = self.split.pop("q_proj.weight")
+        self.g_proj: nn.Linear | None = None
+        if config.mla_use_output_gate:
+            self.g_proj = nn.Linear(width, heads * self.value, bias=False)
+            self.split["g_proj.weight"] = 0
         self.kv_a_proj_with_mqa = nn.Linear(width, self.rank + self.shared, bias=False)
         self.kv_a_layernorm = nn.RMSNorm(self.rank, config.rms_norm_eps)
         self.kv_b_proj = nn.Linear(self.rank, heads * (self.own + self.value), bias=False)
@@ -58,7 +74,7 @@ class MultiHeadLatentAttention(Layer):
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         """The layer's output [B, T, D] for its already normalised input [B, T, D]."""
         x_BTD = layer_input(self, x_BTD, context)
-        q_BHTE = self.q_proj(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        q_BHTE = self._queries(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         c_BTR, p_BTP = self.kv_a_proj_with_mqa(x_BTD).split([self.rank, self.shared], -1)
         c_B1SR, p_B1SP = normed(c_BTR, self.kv_a_layernorm).unsqueeze(1), p_BTP.unsqueeze(1)
         if context.cache is not None:
@@ -70,12 +86,21 @@ class MultiHeadLatentAttention(Layer):
             o_BTHV = self.absorbed(q_BHTE, c_B1SR, p_B1SP, w_YR, context)
         else:
             o_BTHV = self.expanded(q_BHTE, c_B1SR, p_B1SP, context)
-        return self.o_proj(o_BTHV.flatten(2))
+        o_BTY = o_BTHV.flatten(2)
+        if self.g_proj is not None:
+            o_BTY = o_BTY * self.g_proj(x_BTD).sigmoid()
+        return self.o_proj(o_BTY)
+
+    def _queries(self, x_BTD: Tensor) -> Tensor:
+        if self.q_a_proj is None:
+            return self.q_proj(x_BTD)
+        return self.q_b_proj(normed(self.q_a_proj(x_BTD), self.q_a_layernorm))
 
     def flops(self, context: int) -> float:
         """Beside the matrices, in the expanded form, 2 for every channel of a key and of a value, over the mean of
         (context + 1) / 2 keys."""
-        return super().flops(context) + (context + 1) * (self.q_proj.out_features + self.o_proj.in_features)
+        queries = self.q_proj if self.q_a_proj is None else self.q_b_proj
+        return super().flops(context) + (context + 1) * (queries.out_features + self.o_proj.in_features)
 
     @classmethod
     def kept(cls, config: DecoderShape) -> str:
