@@ -75,7 +75,7 @@ def test_every_tensor_is_in_the_table(exported):
     outside = {row.gguf for row in OUTSIDE} | {OUTPUT_READ.gguf}
     for name in found:
         assert name in outside or (name.startswith("blk.") and name.split(".", 2)[2] in known), name
-    assert outside <= set(found) and len(found) == 4 + 6 * 18 + 2 * 14 + 3 + 7 * 11
+    assert outside <= set(found) and len(found) == 4 + 6 * 16 + 2 * 11 + 5 + 7 * 13
 
 
 def test_types_and_what_they_lose(exported):
