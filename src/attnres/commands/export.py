@@ -21,10 +21,10 @@ class ExportFlags:
     """Folder of a run, a checkpoint in it, or a native Hugging Face folder."""
     out: Path = field(metadata=POSITIONAL)
     """What to write, a folder or a GGUF file; must not exist yet."""
-    to: Literal["kimi-k3", "gguf"]
-    """Layout: a folder as Kimi K3's checkpoints, or a GGUF file."""
     outtype: Literal["f32", "f16", "bf16", "q8_0"] | None = None
     """Type of the matrices of a GGUF file; the default is f16."""
+    to: Literal["kimi-k3", "gguf"] = field(kw_only=True)
+    """Layout: a folder as Kimi K3's checkpoints, or a GGUF file."""
 
 
 def run(argv: Sequence[str]) -> int:
