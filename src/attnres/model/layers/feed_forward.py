@@ -46,4 +46,5 @@ class FeedForward(GatedMLP, Layer):
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:  # type: ignore[override]
         """The layer's output [B, T, D] for its already normalised input [B, T, D]."""
         x_BTD = layer_input(self, x_BTD, context)
-        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))  # here too, as vLLM reads the source
+        # the same once more, because vLLM reads the source to find matrices that it can make one of
+        return self.down_proj(self.activation(self.gate_proj(x_BTD), self.up_proj(x_BTD)))
