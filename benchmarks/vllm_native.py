@@ -1,4 +1,4 @@
-"""vLLM with this library's own model of it against vLLM's Transformers backend, and AttnRes against PreNorm in the first.
+"""This library's own model in vLLM against vLLM's Transformers backend, and AttnRes against PreNorm in the first.
 
     python benchmarks/vllm_native.py                    # compiled, as vLLM serves by default
     python benchmarks/vllm_native.py --enforce-eager
@@ -139,7 +139,7 @@ def report(times: timing.Times, arguments: argparse.Namespace) -> None:
         f"of {arguments.repeats} rounds (lowest to highest); ratios are medians of the rounds' own. Other programs ran "
         "beside it.",
         "",
-        "| | tokens/s | CPU time of a round, s | CPU of PreNorm, same implementation | CPU of the Transformers backend |",
+        "| | tokens/s | CPU time of a round, s | of PreNorm's, alike | of the Transformers backend's |",
         "|---|---|---|---|---|",
     ]
     produced = arguments.requests * arguments.tokens
