@@ -58,6 +58,8 @@ class AttnResConfig(PreTrainedConfig, DecoderConfig):  # type: ignore[misc]  # f
             if near:
                 raise UsageError(f"AttnResConfig has no field {name!r}; did you mean {near[0]!r}?")
         DecoderConfig.__post_init__(self)
+        if "mla" not in self.attention_kinds:  # engines take a model with these sizes for one of latent attention
+            self.kv_lora_rank = self.qk_nope_head_dim = self.qk_rope_head_dim = self.v_head_dim = None
         super().__post_init__(**kwargs)
         if self.is_hybrid:  # transformers has no style for their parameters; `hybrid_parallel` splits them
             self.base_model_tp_plan = {"embed_tokens": "embedding_rowwise"}  # type: ignore[misc]

@@ -24,7 +24,7 @@ from ..model.decoder import Backbone, expert_std, initial_std
 from ..model.layers.gqa import Context, lengths_vary, rotary_factors
 from ..residual import Residual, State
 from ..run.find import find_run
-from .attention import attend_by_config
+from .attention import AttentionInterface, attend_by_config, check_engine
 from .cache import LayerCache, check_cache, check_generation, check_paged
 from .configuration import AttnResConfig
 from .device_map import hidden_across_devices, is_dispatched
@@ -102,7 +102,11 @@ class AttnResModel(AttnResPreTrainedModel, Backbone):
 
     def __init__(self, config: AttnResConfig) -> None:
         super().__init__(config)
+        check_engine(config)
         self.add_modules(config)
+        for layer in self.layers:
+            if hasattr(layer, "num_key_value_groups"):  # it attends over keys and values
+                layer.interface = AttentionInterface(layer)
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 module.initial_std = initial_std(self, name)  # type: ignore[assignment]

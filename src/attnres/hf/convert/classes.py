@@ -114,9 +114,14 @@ def converted_config_class(original: Any) -> Any:
         register_models(type(self))
         original.__post_init__(self, **kwargs)
 
+    def __setstate__(self: Any, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        register_models(type(self))  # an engine's worker gets the config pickled, and looks for its model
+
     body = {
         "__module__": __name__,
         "__doc__": f"A {original.__name__} whose model has Attention Residuals.",
+        "__setstate__": __setstate__,
         "__annotations__": {"residual": str, "residual_options": dict[str, Any] | None},
         "__post_init__": __post_init__,
         "model_type": TYPE_PREFIX + original.model_type,
@@ -155,6 +160,7 @@ def converted_model_class(original: Any) -> Any:
     if original.__name__.startswith(CLASS_PREFIX):
         return original
 
+    @functools.wraps(original.__init__)  # vLLM compares what it gives with the annotations
     def __init__(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         original.__init__(self, config, *args, **kwargs)
         upgrade(self)

@@ -55,8 +55,13 @@ def whole_config_class(original: Any) -> Any:
         register_wholes(type(self))
         original.__post_init__(self, **kwargs)
 
+    def __setstate__(self: Any, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        register_wholes(type(self))
+
     body = {
         "__module__": __name__,
+        "__setstate__": __setstate__,
         "__doc__": f"A {original.__name__} whose language model has Attention Residuals.",
         "__post_init__": __post_init__,
         "model_type": TYPE_PREFIX + original.model_type,
