@@ -3,6 +3,7 @@
 The engines run on this processor. One takes a minute to start, so each test of one asks it several things.
 """
 
+import json
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import urllib.request
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -19,6 +21,7 @@ from vllm import LLM, ModelRegistry, SamplingParams
 from vllm.config import CacheConfig, ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.distributed import parallel_state
 from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
+from vllm.utils.torch_utils import set_default_torch_dtype
 
 import attnres.vllm
 from attnres import residual as residuals
@@ -116,6 +119,21 @@ class Sequence(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True).transpose(0, 1).flatten(1)
 
 
+@torch.no_grad()
+def alone(folder, monkeypatch, ids, dtype="float32"):
+    """vLLM's model of a folder without an engine, and its logits for one sequence."""
+    monkeypatch.setattr("attnres.vllm.layers.CachedAttention", Sequence)
+    attnres.vllm.register()
+    served = ModelConfig(model=str(folder), dtype=dtype, enforce_eager=True)
+    config = VllmConfig(model_config=served, cache_config=CacheConfig())
+    with set_current_vllm_config(config), set_default_torch_dtype(served.dtype):
+        model = initialize_model(vllm_config=config)
+        model.load_weights(load_file(folder / "model.safetensors").items())
+        process_weights_after_loading(model, served, torch.device("cpu"))
+        hidden = model(ids, torch.arange(len(ids)))
+        return model, model.lm_head.quant_method.apply(model.lm_head, hidden)[:, :VOCAB]
+
+
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
     """vLLM's groups of processes, of this one alone."""
@@ -132,27 +150,52 @@ def one_process(tmp_path_factory):
     "changes",
     [
         *({"residual": name} for name in residuals.names()),
-        {"tie_word_embeddings": False, "residual_options": {"block_size": 3, "reads": "layer"}},
+        {"tie_word_embeddings": False, "residual_options": {"block_size": 3}},
         {"attention_pattern": ("gqa", "sliding_window"), "sliding_window": 4, "num_key_value_heads": 1},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
+@torch.no_grad()
 def test_the_model_alone_computes_what_transformers_does(tmp_path, monkeypatch, one_process, changes):
     """Whatever the residual connection: the loop hands it layers, and asks nothing else of it."""
-    monkeypatch.setattr("attnres.vllm.layers.CachedAttention", Sequence)
-    attnres.vllm.register()
     model = write(tmp_path, **changes)
-    served = ModelConfig(model=str(tmp_path), dtype="float32", enforce_eager=True)
-    config = VllmConfig(model_config=served, cache_config=CacheConfig())
-    with set_current_vllm_config(config), torch.no_grad():
-        native = initialize_model(vllm_config=config)
-        assert type(native).__module__ == "attnres.vllm.model"
-        native.load_weights(model.state_dict().items())
-        process_weights_after_loading(native, served, torch.device("cpu"))
-        ids = torch.tensor(prompts()[2])
-        found = native.lm_head.quant_method.apply(native.lm_head, native(ids, torch.arange(len(ids))))[:, :VOCAB]
-        want = model(ids[None]).logits[0]
+    native, found = alone(tmp_path, monkeypatch, ids := torch.tensor(prompts()[2]))
+    want = model(ids[None]).logits[0]
+    assert type(native).__module__ == "attnres.vllm.model"
     assert torch.allclose(found, want, atol=1e-4 * want.abs().max().item())
+
+
+@torch.no_grad()
+def test_quantised_matrices_reach_its_layers(tmp_path, monkeypatch, one_process):
+    """Eight-bit integers in the layout of compressed-tensors, a scale for every row and for every token."""
+    model = write(tmp_path, tie_word_embeddings=False)
+    tensors = {}
+    for name, weight in model.state_dict().items():
+        if name.endswith("_proj.weight"):
+            scale = weight.abs().amax(1, keepdim=True) / 127
+            tensors[f"{name}_scale"], integers = scale, (weight / scale).round()
+            tensors[name] = integers.to(torch.int8)
+            weight.copy_(integers * scale)
+        else:
+            tensors[name] = weight
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    rows, tokens = {"strategy": "channel", "dynamic": False}, {"strategy": "token", "dynamic": True}
+    integers = {"num_bits": 8, "type": "int", "symmetric": True}
+    group = {"targets": ["Linear"], "weights": integers | rows, "input_activations": integers | tokens}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": group},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    native, found = alone(tmp_path, monkeypatch, ids := torch.tensor(prompts()[2]), dtype="bfloat16")
+    layers = native.model.layers
+    for matrix in (layers[0].qkv_proj, layers[0].o_proj, layers[1].gate_up_proj, layers[1].down_proj):
+        assert type(matrix.quant_method).__name__ == "CompressedTensorsLinearMethod"
+    want = model(ids[None]).logits[0]
+    assert (found.float() - want).norm() < 0.1 * want.norm()
 
 
 @pytest.mark.parametrize(
