@@ -1,4 +1,6 @@
-"""What vLLM's and SGLang's Transformers backends ask of a model, one test a requirement. Neither engine is installed.
+"""What vLLM's and SGLang's Transformers backends ask of a model, one test a requirement, without either engine.
+
+tests/engines has vLLM itself.
 
 Sources: vLLM, docs/models/supported_models.md, "Writing custom models"; SGLang, docs/supported_models/
 transformers_fallback.md; and what their backends do to a model: build it from its config with parameters on the meta
@@ -6,6 +8,8 @@ device, put their own classes in the place of linear layers, norms and the embed
 the base model on the tokens of all sequences in one row, with their own attention.
 """
 
+import ast
+import inspect
 import pickle
 import re
 import subprocess
@@ -162,6 +166,65 @@ def test_attention_goes_through_the_table_with_every_keyword(model, monkeypatch)
     assert seen == [(i, "lengths", 1, True) for i in range(model.config.num_hidden_layers)]
 
 
+def attention_call(module):
+    """What vLLM looks for in the source of a `forward`: the one call of a variable from ALL_ATTENTION_FUNCTIONS."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(type(module).forward))))
+    assigned = [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]
+    names = {
+        target.id
+        for node in assigned
+        if ast.unparse(node.value).startswith("ALL_ATTENTION_FUNCTIONS.get_interface(")
+        for target in node.targets
+    }
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    found = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id in names]
+    return found[0] if len(found) == 1 else None
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_each_layer_has_one_module_whose_source_calls_attention(name):
+    base = make(name).base_model
+    found = {module: call for module in base.modules() if (call := attention_call(module)) is not None}
+    assert sorted(module.layer_idx for module in found) == list(range(base.config.num_hidden_layers))
+    for module, call in found.items():
+        scaling = next(keyword.value for keyword in call.keywords if keyword.arg == "scaling")
+        assert ast.unparse(scaling) == "self.scaling" and module.scaling == 8**-0.5
+        assert module.config is base.config
+
+
+def test_the_first_parameter_of_a_model_is_of_the_class_that_it_names(model):
+    # vLLM compares them when it builds the base model
+    annotations = [p.annotation for p in inspect.signature(type(model.base_model).__init__).parameters.values()]
+    for argument, annotation in zip((model.base_model, model.config), annotations, strict=False):
+        assert annotation is inspect.Parameter.empty or isinstance(argument, annotation)
+
+
+@pytest.mark.parametrize("pattern", [("gqa",), ("sliding_window", "gqa"), ("kda", "gqa"), ("mla",)])
+def test_sizes_of_latent_attention_are_in_the_config_where_there_is_some(pattern, tmp_path):
+    # engines take a model for one of latent attention by kv_lora_rank
+    names = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    earlier = dict(zip(names, (32, 8, 4, 8), strict=True))
+    config = AttnResConfig(**COMMON, attention_pattern=pattern, sliding_window=4, **earlier)  # as once saved
+    config.save_pretrained(tmp_path)
+    for found in (config, AttnResConfig.from_pretrained(tmp_path)):
+        assert {name: getattr(found, name) for name in names} == (
+            earlier if "mla" in pattern else dict.fromkeys(names, None)
+        )
+        assert found.decoder_config().kv_lora_rank == 32
+
+
+@pytest.mark.parametrize("kind", ["kda", "mla"])
+def test_vllm_is_told_of_layers_that_its_cache_has_no_place_for(kind, monkeypatch):
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "vllm", engine_attention)
+    config = AttnResConfig(**COMMON, attention_pattern=("gqa", kind))
+    config._attn_implementation = "vllm"
+    with pytest.raises(UsageError, match=f"the {kind} layers of this model need something else; serve it with"):
+        AutoModel.from_config(config)
+    config = AttnResConfig(**COMMON, attention_pattern=("gqa", "sliding_window"), sliding_window=4)
+    config._attn_implementation = "vllm"
+    AutoModel.from_config(config)
+
+
 def test_classes_say_that_they_take_an_attention_backend(model):
     assert type(model).is_backend_compatible() and type(model.base_model).is_backend_compatible()
 
@@ -243,9 +306,10 @@ def test_a_fresh_process_knows_the_models_through_the_plug_in_alone(tmp_path):
         for module in (transformers, sys.modules["transformers"]):
             assert module.AttnResForCausalLM.is_backend_compatible()
         assert not [m for m in ("datasets", "matplotlib", "lm_eval", "attnres.train") if m in sys.modules]
+        pickled = pickle.load(open({str(tmp_path / "config.pickle")!r}, "rb"))  # a worker gets the config like this
+        assert type(transformers.AutoModel.from_config(pickled)).__name__ == "AttnResLlamaModel"
         config = transformers.AutoConfig.from_pretrained({str(folder)!r})
         assert getattr(transformers, config.architectures[0]).is_backend_compatible()
-        pickled = pickle.load(open({str(tmp_path / "config.pickle")!r}, "rb"))
         assert type(pickled) is type(config)
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)

@@ -76,8 +76,11 @@ def attend_by_config(
     return output.reshape(*q_BHTE.transpose(1, 2).shape[:3], -1)[..., :width]
 
 
-def check_engine(config: AttnResConfig) -> None:
-    """Raises UsageError if vLLM builds the model and its cache, of keys and values, has no place for what layers keep."""
+def adapt_to_vllm(config: AttnResConfig) -> None:
+    """Gives the config of a model that vLLM builds its plan by names, which splits everything but routed experts.
+
+    Does nothing elsewhere. Raises UsageError if vLLM's cache has no place for what some layers keep.
+    """
     if config._attn_implementation != "vllm":
         return
     for name, kind in zip(config.attention_kinds, config.layer_kinds[::2], strict=True):
@@ -86,6 +89,7 @@ def check_engine(config: AttnResConfig) -> None:
                 f"vLLM's Transformers backend keeps keys and values alone, and the {name} layers of this model need "
                 "something else; serve it with: attnres serve"
             )
+    config.base_model_tp_plan = type(config).base_model_tp_plan  # type: ignore[misc]
 
 
 def _eager(

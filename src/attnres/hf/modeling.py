@@ -24,7 +24,7 @@ from ..model.decoder import Backbone, expert_std, initial_std
 from ..model.layers.gqa import Context, lengths_vary, rotary_factors
 from ..residual import Residual, State
 from ..run.find import find_run
-from .attention import AttentionInterface, attend_by_config, check_engine
+from .attention import AttentionInterface, adapt_to_vllm, attend_by_config
 from .cache import LayerCache, check_cache, check_generation, check_paged
 from .configuration import AttnResConfig
 from .device_map import hidden_across_devices, is_dispatched
@@ -102,7 +102,7 @@ class AttnResModel(AttnResPreTrainedModel, Backbone):
 
     def __init__(self, config: AttnResConfig) -> None:
         super().__init__(config)
-        check_engine(config)
+        adapt_to_vllm(config)
         self.add_modules(config)
         for layer in self.layers:
             if hasattr(layer, "num_key_value_groups"):  # it attends over keys and values

@@ -114,7 +114,7 @@ def layers_of(model: nn.Module) -> list[Layer]:
 
 def layer_input(layer: nn.Module, x_BTD: Tensor, context: Any) -> Tensor:
     """What a layer starts from: x [B, T, D], through the layer's norm first if the context says so."""
-    if getattr(context, "normalise", False):
+    if getattr(context, "normalise", False) is True:  # what traces a layer's projections gives no truth value
         x_BTD = layer.norm(x_BTD)  # type: ignore[operator]
     return x_BTD
 

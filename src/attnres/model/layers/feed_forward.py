@@ -38,4 +38,5 @@ class FeedForward(SwiGLU, Layer):
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:  # type: ignore[override]
         """The layer's output [B, T, D] for its already normalised input [B, T, D]."""
-        return super().forward(layer_input(self, x_BTD, context))
+        x_BTD = layer_input(self, x_BTD, context)
+        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))  # here too, as vLLM reads the source

@@ -139,14 +139,17 @@ class Attention(Layer):
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         """The layer's output [B, T, D] for its already normalised input [B, T, D]."""
         x_BTD = layer_input(self, x_BTD, context)
-        q_BHTE, k_BKTE, v_BKTE = (
-            projection(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        # each call written out, or vLLM finds no three matrices to make one of
+        q_BHTE = self._heads(self.q_proj(x_BTD))
+        k_BKTE = self._heads(self.k_proj(x_BTD))
+        v_BKTE = self._heads(self.v_proj(x_BTD))
         q_BHTE, k_BKTE = rotate(q_BHTE, context), rotate(k_BKTE, context)
         if context.cache is not None:
             k_BKTE, v_BKTE = context.cache.update(k_BKTE, v_BKTE, self.layer_idx)
         return self.o_proj(self.attend(q_BHTE, k_BKTE, v_BKTE, context).flatten(2))
+
+    def _heads(self, x_BTY: Tensor) -> Tensor:
+        return x_BTY.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def attend(self, q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, context: Context) -> Tensor:
         """Attention [B, T, H, E] of rotated queries over all keys and values, those of earlier tokens included."""
