@@ -199,15 +199,19 @@ def test_quantised_matrices_reach_its_layers(tmp_path, monkeypatch, one_process)
 
 
 @pytest.mark.parametrize(
-    ("changes", "word"),
+    ("changes", "sentence"),
     [
-        ({"attention_pattern": ("kda", "gqa")}, "KDA"),
-        ({"attention_pattern": ("mla",)}, "MLA"),
-        ({"num_experts": 4, "num_experts_per_tok": 2}, "MoE"),
+        ({"attention_pattern": ("kda", "gqa")}, "no KDA layers.*attnres serve"),
+        ({"attention_pattern": ("mla",)}, "no MLA layers.*attnres serve"),
+        ({"num_experts": 4, "num_experts_per_tok": 2}, "no MoE layers.*--model-impl transformers"),
+        (
+            {"num_experts": 4, "num_experts_per_tok": 2, "attention_pattern": ("kda", "mla")},
+            "no KDA and no MoE and no MLA layers.*attnres serve",
+        ),
     ],
 )
-def test_layers_that_it_does_not_have_are_refused_by_name(changes, word):
-    with pytest.raises(UsageError, match=rf"no layers of .*{word}.*attnres serve"):
+def test_layers_that_it_does_not_have_are_refused_by_name(changes, sentence):
+    with pytest.raises(UsageError, match=sentence):
         check(AttnResConfig(**SHAPE, **changes))
 
 

@@ -28,9 +28,12 @@ class ModelCheck(VerifyAndUpdateConfig):
 
 def check(config: AttnResConfig) -> None:
     """Raises UsageError for a config with layers of kinds that are not served."""
-    missing = dict.fromkeys(kind.word for kind in config.layer_kinds if kind not in SERVED)
+    missing = dict.fromkeys(kind for kind in config.layer_kinds if kind not in SERVED)
     if missing:
+        # vLLM's Transformers backend has a place for keys and values, and for no other state
+        elsewhere = any(kind.is_attention and not issubclass(kind, Attention) for kind in missing)
+        mend = "serve it with: attnres serve" if elsewhere else "give --model-impl transformers"
         raise UsageError(
-            f"AttnRes in vLLM has no layers of {' and '.join(missing)}, only dense MLPs and attention of the kinds gqa "
-            "and sliding_window; serve this model with `attnres serve`"
+            f"AttnRes's own model in vLLM has no {' and no '.join(kind.word for kind in missing)} layers, which this "
+            f"model has; {mend}"
         )
