@@ -287,6 +287,21 @@ def test_a_pipeline_is_refused(model, engine):
         run(base, instances)
 
 
+def test_vllm_is_refused_a_pipeline_before_it_splits_a_model(model, monkeypatch):
+    monkeypatch.setattr(model.config, "_attn_implementation", "vllm")
+    for part in (model, model.base_model):
+        with pytest.raises(UsageError, match="pipeline_parallel_size must be 1"):
+            _ = part.supports_pp_plan
+
+
+def test_experts_have_a_plan_by_names_where_vllm_builds_them(monkeypatch):
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "vllm", engine_attention)
+    config = AttnResConfig(**COMMON, num_experts=4, num_experts_per_tok=2)
+    assert "layers.*.q_proj" not in AutoModel.from_config(config).tp_plan  # transformers' own is not by names
+    config._attn_implementation = "vllm"
+    assert AutoModel.from_config(config).tp_plan["layers.*.q_proj"] == "colwise"
+
+
 def test_classes_are_where_engines_look(saved):
     model, folder = saved
     (name,) = AutoConfig.from_pretrained(folder).architectures

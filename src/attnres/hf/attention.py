@@ -3,21 +3,13 @@
 Shape suffixes as in `attnres.model.layers.gqa`.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
-
-from ..errors import UsageError
-from ..model.layers.gqa import Attention
-
-if TYPE_CHECKING:
-    from .configuration import AttnResConfig
 
 logger = logging.get_logger(__name__)
 
@@ -74,22 +66,6 @@ def attend_by_config(
             weights.append(probabilities)
     # inference engines answer with all heads of a token in one row
     return output.reshape(*q_BHTE.transpose(1, 2).shape[:3], -1)[..., :width]
-
-
-def adapt_to_vllm(config: AttnResConfig) -> None:
-    """Gives the config of a model that vLLM builds its plan by names, which splits everything but routed experts.
-
-    Does nothing elsewhere. Raises UsageError if vLLM's cache has no place for what some layers keep.
-    """
-    if config._attn_implementation != "vllm":
-        return
-    for name, kind in zip(config.attention_kinds, config.layer_kinds[::2], strict=True):
-        if not issubclass(kind, Attention):
-            raise UsageError(
-                f"vLLM's Transformers backend keeps keys and values alone, and the {name} layers of this model need "
-                "something else; serve it with: attnres serve"
-            )
-    config.base_model_tp_plan = type(config).base_model_tp_plan  # type: ignore[misc]
 
 
 def _eager(

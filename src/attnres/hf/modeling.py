@@ -24,10 +24,11 @@ from ..model.decoder import Backbone, expert_std, initial_std
 from ..model.layers.gqa import Context, lengths_vary, rotary_factors
 from ..residual import Residual, State
 from ..run.find import find_run
-from .attention import AttentionInterface, adapt_to_vllm, attend_by_config
+from .attention import AttentionInterface, attend_by_config
 from .cache import LayerCache, check_cache, check_generation, check_paged
 from .configuration import AttnResConfig
 from .device_map import hidden_across_devices, is_dispatched
+from .engines import StaysWhole, adapt_to_vllm
 from .packing import find_packing
 from .residual_place import check_verbs, rows_on
 from .self_speculation import DraftsItself
@@ -39,7 +40,7 @@ MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_slidi
 """What makes the masks of a layer, by its `Layer.cache_type`."""
 
 
-class AttnResPreTrainedModel(SharesTokens, PreTrainedModel):
+class AttnResPreTrainedModel(StaysWhole, SharesTokens, PreTrainedModel):
     """What transformers needs to know of both models."""
 
     config: AttnResConfig

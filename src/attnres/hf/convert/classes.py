@@ -34,6 +34,7 @@ from transformers.utils import output_capturing
 from ... import residual as residuals
 from ...errors import UsageError
 from ...residual import Residual
+from ..engines import StaysWhole
 from ..residual_place import check_verbs
 from ..self_speculation import DraftsItself
 from ..tensor_parallel import SharesTokens
@@ -207,7 +208,7 @@ def converted_model_class(original: Any) -> Any:
         "original": original,
     }
     generates = (DraftsItself,) if hasattr(original, "generate") else ()
-    converted = type(CLASS_PREFIX + original.__name__, (*generates, SharesTokens, original), body)
+    converted = type(CLASS_PREFIX + original.__name__, (*generates, StaysWhole, SharesTokens, original), body)
     globals()[converted.__name__] = converted
     publish_model(converted, original)
     return converted
