@@ -32,6 +32,7 @@ from transformers import AutoConfig, AutoModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import attnres.hf
+import attnres.vllm
 from attnres.hf import AttnResConfig, AttnResForCausalLM
 
 from .converted import COMMON, VOCAB, build, move_queries
@@ -315,7 +316,7 @@ def test_a_fresh_process_knows_the_models_through_the_plug_in_alone(tmp_path):
     code = f"""
         import pickle, sys, transformers
         from importlib.metadata import EntryPoint
-        EntryPoint("attnres", "attnres.hf:register", "vllm.general_plugins").load()()
+        EntryPoint("attnres", "attnres.hf:register", "sglang.srt.plugins").load()()
         import transformers.processing_utils  # puts a new module in the place of transformers when it comes first
         for module in (transformers, sys.modules["transformers"]):
             assert module.AttnResForCausalLM.is_backend_compatible()
@@ -336,8 +337,10 @@ class Missing(nn.Identity):
         return hidden_states
 
 
-@pytest.mark.parametrize("group", ["vllm.general_plugins", "sglang.srt.plugins"])
-def test_the_package_announces_its_plug_in(group):
+@pytest.mark.parametrize(
+    ("group", "plug_in_of"), [("vllm.general_plugins", attnres.vllm), ("sglang.srt.plugins", attnres.hf)]
+)
+def test_the_package_announces_its_plug_in(group, plug_in_of):
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     (plug_in,) = project["entry-points"][group].items()
-    assert EntryPoint(*plug_in, group).load() is attnres.hf.register
+    assert EntryPoint(*plug_in, group).load() is plug_in_of.register
