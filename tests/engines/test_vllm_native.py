@@ -152,6 +152,7 @@ def one_process(tmp_path_factory):
         *({"residual": name} for name in residuals.names()),
         {"tie_word_embeddings": False, "residual_options": {"block_size": 3}},
         {"attention_pattern": ("gqa", "sliding_window"), "sliding_window": 4, "num_key_value_heads": 1},
+        {"hidden_act": "situ", "activation_situ_beta": 0.5, "activation_situ_linear_beta": 0.5},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )

@@ -13,6 +13,7 @@ from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVPar
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
 from ..hf import AttnResConfig
+from ..model.layers.activation import SILU, Activation
 from ..model.layers.sliding_window import SlidingWindowAttention
 
 
@@ -69,7 +70,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """One SwiGLU MLP layer."""
+    """One MLP layer."""
 
     def __init__(self, config: AttnResConfig, layer: int, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
@@ -90,8 +91,11 @@ class FeedForward(nn.Module):
             quant_config=quant_config,
             prefix=f"{prefix}.down_proj",
         )
-        self.act = SiluAndMul()
+        self.activation = Activation.from_config(config)
+        self.silu = SiluAndMul() if self.activation == SILU else None
 
     def forward(self, x_TD: Tensor, positions: Tensor) -> Tensor:
         """The layer's output [T, D] for its already normalised input [T, D]."""
-        return self.down_proj(self.act(self.gate_up_proj(x_TD)[0]))[0]
+        gate_up = self.gate_up_proj(x_TD)[0]
+        h = self.activation(*gate_up.chunk(2, -1)) if self.silu is None else self.silu(gate_up)
+        return self.down_proj(h)[0]
