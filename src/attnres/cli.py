@@ -23,6 +23,7 @@ COMMANDS = {
     "generate": ("attnres.commands.generate", "continue a text with a trained model"),
     "inspect": ("attnres.commands.inspect", "see where the layers of a trained model listen, and what it is worth"),
     "convert": ("attnres.commands.convert", "turn a pretrained Hugging Face model into an AttnRes model"),
+    "upgrade": ("attnres.commands.upgrade", "convert a pretrained model, train on, and say whether it helped"),
     "lab": ("attnres.commands.lab", "repeat the paper's experiments: scaling, ablation, sweep, dynamics"),
     "eval": ("attnres.commands.eval", "measure perplexity on a file, or tasks of lm-eval"),
     "bench": ("attnres.commands.bench", "say what depth attention costs on this machine"),
