@@ -15,7 +15,7 @@ from ..lab.grid import IMPORTED_BEFORE, made_here, run_grid, write_json
 from ..parallel.mesh import launched_processes
 from ..run.folder import held
 from .arm import Arm, ArmCell, train_arm
-from .config import PLAIN, UpgradeConfig, claim
+from .config import PLAIN, UpgradeConfig, claimed
 from .corpus import Corpus
 from .models import check_packages
 from .proof import Proof, ProofCell, prove
@@ -41,14 +41,14 @@ def upgrade(config: UpgradeConfig, command: str = "") -> dict[str, Any]:
     if (kind := kind_of(model)) != "pretrained":
         raise UsageError(f"the model in {config.model} is {kind}: it has Attention Residuals already; give a plain one")
     with held(config.out, wait=False):
-        claim(config)
-        corpus = Corpus(config)
-        corpus.make(model)  # whatever is wrong with the data is told first
-        cell = ProofCell("the same function?", Proof(config))
-        [proof] = run_grid([cell], measure=prove, preload=PRELOAD)
-        for entry, same in proof["conversions"].items():
-            _say(f"{entry}: largest difference of logits, relative to the largest, {same['relative_difference']:.3g}")
-        corpus.settle(proof["packed"])
+        with claimed(config):
+            corpus = Corpus(config)
+            corpus.make(model)  # whatever is wrong with the data is told first
+            cell = ProofCell("the same function?", Proof(config))
+            [proof] = run_grid([cell], measure=prove, preload=PRELOAD)
+            for entry, same in proof["conversions"].items():
+                _say(f"{entry}: logits differ by {same['relative_difference']:.3g} of the largest, in float32")
+            corpus.settle(proof["packed"])
         arms = [
             ArmCell(f"{arm}, seed {seed}", Arm(config, arm, seed, proof["packed"], _is_kept(config, arm, seed)))
             for seed in config.seeds

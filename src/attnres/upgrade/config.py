@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -139,8 +142,25 @@ class UpgradeConfig:
         return json.loads(json.dumps(dataclasses.asdict(self), default=str))
 
 
-def claim(config: UpgradeConfig) -> None:
-    """Makes the folder `out` that of this upgrade. Raises UsageError if it is something else's."""
+@contextmanager
+def claimed(config: UpgradeConfig) -> Iterator[None]:
+    """Makes the folder `out` that of this upgrade, unless it has been; an error within then leaves it empty again, so
+    that a mended command can have it. Raises UsageError if it is something else's."""
+    is_new = _claim(config)
+    try:
+        yield
+    except (UsageError, Failure):
+        if is_new:
+            for path in config.out.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink()
+        raise
+
+
+def _claim(config: UpgradeConfig) -> bool:
+    """Whether the folder was empty before."""
     file = config.out / FILE
     own = {name: value for name, value in config.to_dict().items() if name not in FREE_TO_CHANGE}
     if file.exists():
@@ -153,10 +173,11 @@ def claim(config: UpgradeConfig) -> None:
                 f"out holds another upgrade: {config.out} has {name} {saved.get(name)!r}, and this command has "
                 f"{own.get(name)!r}; choose another --out"
             )
-        return
+        return False
     if others := [path.name for path in config.out.iterdir() if path.name != f"{FILE}.tmp"]:
         raise UsageError(f"out must be a new folder, or that of this upgrade; {config.out} has {others[0]} in it")
     try:
         files.write(file, json.dumps(own, indent=1) + "\n")
     except OSError as error:
         raise Failure(f"cannot write {file}: {error.strerror}; choose another --out") from error
+    return True

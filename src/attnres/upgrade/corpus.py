@@ -44,7 +44,7 @@ class Corpus:
             name, chat = Path(config.data).name, True
             train, held_out = conversations(config.data, tokenizer, config.context)
         else:
-            name, *texts = documents(config.data, tokenizer, config.out / "tokenizer", config.text_column)
+            name, *texts = documents(config.data, tokenizer, config.text_column)
             train, held_out = ([piece for text in side for piece in cut(text, config.context)] for side in texts)
             chat = False
         self.sides, self.padding = [train, held_out], tokenizer.eos_token_id or 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,7 @@ from ..errors import UsageError
 from .rows import Tokens
 
 
-def documents(
-    data: str, tokenizer: Any, folder: Path, text_column: str
-) -> tuple[str, list[np.ndarray], list[np.ndarray]]:
+def documents(data: str, tokenizer: Any, text_column: str) -> tuple[str, list[np.ndarray], list[np.ndarray]]:
     """(name of the corpus, documents to train on, documents held out), each int [N], its last token their end.
 
     A document starts with what the tokenizer puts in front of a text. What spells a special token in a text stays text.
@@ -24,14 +22,14 @@ def documents(
     Args:
         data, text_column: as `load_corpus` takes them.
         tokenizer: transformers' own, of the library tokenizers.
-        folder: where the tokenizer is written.
 
     Raises UsageError for data that cannot be had, and for another kind of tokenizer.
     """
     if not tokenizer.is_fast:
         raise UsageError("the model's tokenizer must be one of the library tokenizers, to be used on a corpus")
-    tokenizer.save_pretrained(folder)
-    corpus = load_corpus(data, str(folder), text_column=text_column)
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        corpus = load_corpus(data, folder, text_column=text_column)
     train, held_out = _whole_documents(corpus)
     begin = tokenizer.bos_token_id
     start = np.array([begin] if tokenizer("a").input_ids[:1] == [begin] else [], np.int64)
