@@ -40,6 +40,7 @@ def refused(message, model, data, out, **options):
         ({"steps": 0}, "steps must be a positive whole number; it is 0"),
         ({"context": 1}, "context must be a whole number of at least 2; it is 1"),
         ({"validation_tokens": 40}, "validation_tokens must be a whole number of at least 64; it is 40"),
+        ({"context": 65}, "context must be at most the model's 64 tokens; it is 65"),
         ({"lr": 0.0}, "lr must be a positive number; it is 0.0"),
         ({"warmup_steps": -1}, "warmup_steps must be a non-negative whole number; it is -1"),
     ],

@@ -87,6 +87,9 @@ def train_arm(arm: Arm) -> dict[str, Any]:
     pace = median(speeds) if speeds else None
     measured = [record for record in records if "val_loss" in record and record["step"] < steps]
     curve = [(r["step"], r["tokens"], r["val_loss"]) for r in measured] + [(steps, tokens, found.mean)]
+    if not count:  # a model that stays as it is has the same loss all along
+        looks = [*range(0, config.steps, config.validate_every or 1), config.steps]
+        curve = [(step, step * config.rows_per_step * config.context, found.mean) for step in looks]
     peak = hardware.peak_memory(device)
     if arm.keep_model:
         for partial in arm.out.glob(".model.*.partial"):

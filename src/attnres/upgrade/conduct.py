@@ -40,6 +40,9 @@ def upgrade(config: UpgradeConfig, command: str = "") -> dict[str, Any]:
     model = read_causal_config(config.model)
     if (kind := kind_of(model)) != "pretrained":
         raise UsageError(f"the model in {config.model} is {kind}: it has Attention Residuals already; give a plain one")
+    longest = getattr(model.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and config.context > longest:
+        raise UsageError(f"context must be at most the model's {longest} tokens; it is {config.context}")
     with held(config.out, wait=False):
         with claimed(config):
             corpus = Corpus(config)
