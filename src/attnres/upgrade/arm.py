@@ -19,7 +19,6 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from .. import files
 from ..errors import Failure
 from ..hf.convert.folder import write_folder
-from ..lab.grid import Cell
 from ..run import hardware
 from ..train.journal import Journal, read_metrics
 from ..train.signals import stop_signals
@@ -48,18 +47,6 @@ class Arm:
     @property
     def out(self) -> Path:
         return self.upgrade.out / "runs" / f"{self.residual.replace(':', '-')}-seed{self.seed}"
-
-
-@dataclass(frozen=True)
-class ArmCell(Cell):
-    config: Arm
-
-    @property
-    def work(self) -> float:
-        return 1.0
-
-    def check_folder(self) -> None:
-        pass  # the folder around all arms is checked
 
 
 def train_arm(arm: Arm) -> dict[str, Any]:
@@ -92,8 +79,8 @@ def train_arm(arm: Arm) -> dict[str, Any]:
         curve = [(step, step * config.rows_per_step * config.context, found.mean) for step in looks]
     peak = hardware.peak_memory(device)
     if arm.keep_model:
-        for partial in arm.out.glob(".model.*.partial"):
-            shutil.rmtree(partial)
+        for left in (*arm.out.glob(".model.*.partial"), *arm.out.glob("model")):  # by a process that was killed
+            shutil.rmtree(left)
         write_folder(finished(model, config), config.model, arm.out / "model")
     return {
         "residual": arm.residual,

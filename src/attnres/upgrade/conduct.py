@@ -11,17 +11,28 @@ from ..analysis.draw.style import require_matplotlib
 from ..errors import Failure, UsageError
 from ..hf.convert.door import kind_of
 from ..hf.convert.folder import read_causal_config
-from ..lab.grid import IMPORTED_BEFORE, made_here, run_grid, write_json
+from ..lab.grid import IMPORTED_BEFORE, Cell, made_here, run_grid, write_json
 from ..parallel.mesh import launched_processes
 from ..run.folder import held
-from .arm import Arm, ArmCell, train_arm
+from .arm import Arm, train_arm
 from .config import PLAIN, UpgradeConfig, claimed
 from .corpus import Corpus
 from .models import check_packages
-from .proof import Proof, ProofCell, prove
+from .proof import Proof, prove
 from .summary import finding, summarise
 
 PRELOAD = (*IMPORTED_BEFORE, "attnres.upgrade.arm")
+
+
+class _Cell(Cell):
+    """A run of an upgrade: each is as long as the others, and the folder around them all is checked."""
+
+    @property
+    def work(self) -> float:
+        return 1.0
+
+    def check_folder(self) -> None:
+        pass
 
 
 def upgrade(config: UpgradeConfig, command: str = "") -> dict[str, Any]:
@@ -47,13 +58,13 @@ def upgrade(config: UpgradeConfig, command: str = "") -> dict[str, Any]:
         with claimed(config):
             corpus = Corpus(config)
             corpus.make(model)  # whatever is wrong with the data is told first
-            cell = ProofCell("the same function?", Proof(config))
+            cell = _Cell("the same function?", Proof(config))
             [proof] = run_grid([cell], measure=prove, preload=PRELOAD)
             for entry, same in proof["conversions"].items():
                 _say(f"{entry}: logits differ by {same['relative_difference']:.3g} of the largest, in float32")
             corpus.settle(proof["packed"])
         arms = [
-            ArmCell(f"{arm}, seed {seed}", Arm(config, arm, seed, proof["packed"], _is_kept(config, arm, seed)))
+            _Cell(f"{arm}, seed {seed}", Arm(config, arm, seed, proof["packed"], _is_kept(config, arm, seed)))
             for seed in config.seeds
             for arm in config.arms
         ]

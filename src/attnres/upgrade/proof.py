@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from ..errors import Failure, UsageError
+from ..errors import Failure
 from ..hf.convert.folder import TOLERANCE, convert_and_compare
-from ..lab.grid import Cell
 from ..run import hardware
 from .config import UpgradeConfig
 from .models import open_plain
@@ -26,18 +25,6 @@ class Proof:
     @property
     def out(self) -> Path:
         return self.upgrade.out / "runs" / "proof"
-
-
-@dataclass(frozen=True)
-class ProofCell(Cell):
-    config: Proof
-
-    @property
-    def work(self) -> float:
-        return 1.0
-
-    def check_folder(self) -> None:
-        pass  # the folder around it is checked
 
 
 def prove(proof: Proof) -> dict[str, Any]:
@@ -76,6 +63,6 @@ def keeps_apart(model: Any) -> bool:
     alone = model(row[:, LENGTH:], use_cache=False).logits
     try:
         behind = model(row, position_ids=positions, use_cache=False).logits[:, LENGTH:]
-    except (TypeError, UsageError):  # it takes no positions, or refuses
+    except (TypeError, ValueError):  # it takes no positions, or refuses them
         return False
     return bool((behind - alone).abs().max() <= TOLERANCE * alone.abs().max())
