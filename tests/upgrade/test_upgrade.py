@@ -94,6 +94,7 @@ def test_what_is_told(upgraded):
     assert ("2 seeds" if train == "all" else "one seed") in found["finding"]
     assert "step 8/8" in end.err and f"model: {out}/upgraded" in end.err
     page = (out / "report.html").read_text()
+    assert f"{row['difference']:+.4f}".replace("-", "\N{MINUS SIGN}") in page
     assert "Unconverted" in page and "upgraded to Attention Residuals" in page and found["finding"][:60] in page
     assert not list(out.glob("runs/*/checkpoints")) and not list(out.glob("runs/*/model"))
 

@@ -86,7 +86,7 @@ def upgrade(config: UpgradeConfig, command: str = "") -> dict[str, Any]:
                 "title": "A pretrained model, upgraded to Attention Residuals",
                 "command": "attnres upgrade",
                 "finding": told,
-                "note": "Differences are taken row by row of the held-out part, and seed by seed.",
+                "note": "Differences are taken row by row of the held-out part, and seed by seed, as is their error.",
             },
         }
         write_json(config.out / "results.json", results)

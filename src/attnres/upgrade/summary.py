@@ -73,7 +73,7 @@ def finding(summary: Sequence[dict[str, Any]], config: UpgradeConfig, rows: int)
         gap, error = row["difference"], row["standard_error"]
         said = {HELPED: "helped", NOT: "did not help", NOISE: "made no difference beyond noise"}[row["verdict"]]
         rival = "the model as it was" if plain["tokens"] == 0 else "the unconverted model on the same data"
-        seeds = f"{len(config.seeds)} seeds" if len(config.seeds) > 1 else "one seed, which leaves out its chance"
+        seeds = f"{len(config.seeds)} seeds" if len(config.seeds) > 1 else "one seed, whose luck is not in it"
         lines.append(
             f"{row['residual']} {said}: held-out loss {row['val_loss']:.4f} against {plain['val_loss']:.4f} of "
             f"{rival}, difference {gap:+.4f} +- {error:.4f} (standard error over {rows} held-out rows; {seeds})"

@@ -198,15 +198,17 @@ def _summary(results: dict, named: dict[str, Look]) -> str:
     losses = [row["val_loss"] for row in _rows(results, named) if _number(row.get("val_loss")) != DASH]
     times, rows = _times(results), []
     for row in _rows(results, named):
-        loss = _number(row.get("val_loss"))
+        error = row.get("standard_error")  # where it is known, losses have the digits that it is told in
+        loss = _number(row.get("val_loss"), ".3f" if error is None else ".4f")
         if losses and row.get("val_loss") == min(losses):
             loss = f'<span class="best">{loss}</span>'
         if row.get("val_loss_spread") is not None:
             loss += f"<small>spread {_number(row['val_loss_spread'])}</small>"
         is_base = row["residual"] == base
-        difference = "baseline" if is_base else _number(row.get("difference"), "+.3f")
+        difference = "baseline" if is_base else _number(row.get("difference"), "+.3f" if error is None else "+.4f")
         if not is_base and difference != DASH:
-            difference += f"<small>{_verdict(results, row['residual'])}</small>"
+            doubt = _verdict(results, row["residual"]) if error is None else f"\N{PLUS-MINUS SIGN} {error:.4f}"
+            difference += f"<small>{doubt}</small>"
         worth = [in_words(row.get("worth"), times) + TIMES] if times else []
         rows.append([
             _name(named, row["residual"]), loss, difference, *worth, _number(row.get("throughput_ratio"), ".2f", TIMES),
