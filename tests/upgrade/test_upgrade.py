@@ -145,6 +145,9 @@ def test_killed_at_any_moment_the_same_command_goes_on(upgrader, model, texts, t
         assert run["val_curve"]["val_loss"] == pytest.approx(expected["val_curve"]["val_loss"], abs=1e-6)
         assert run["curve"]["loss"] == pytest.approx(expected["curve"]["loss"], abs=1e-6)
     assert (out / "upgraded" / "config.json").exists()
+    if train == "residual":  # what is finished is told once more
+        again = upgrader.run("upgrade", *argv, patch=FORK)
+        assert again.status == 0 and "seed 0" not in again.err and again.out == end.out
     other = upgrader.run("upgrade", *argv, "--steps", 9)
     assert other.status == 2 and f"out holds another upgrade: {out} has steps 8, and this command has 9" in other.err
 

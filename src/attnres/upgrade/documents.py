@@ -17,7 +17,7 @@ def documents(data: str, tokenizer: Any, text_column: str) -> tuple[str, list[np
     """(name of the corpus, documents to train on, documents held out), each int [N], its last token their end.
 
     A document starts with what the tokenizer puts in front of a text. What spells a special token in a text stays text.
-    Which documents are held out is a matter of what is in them, as in `load_corpus`; of a single one it is the end.
+    Which documents are held out is decided as in `load_corpus`; of a single one it is the end.
 
     Args:
         data, text_column: as `load_corpus` takes them.
