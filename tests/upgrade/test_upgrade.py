@@ -29,6 +29,12 @@ arm._Watch.on_step_begin = dying
 """
 
 
+MIXING = """
+from attnres.upgrade import proof
+proof.keeps_apart = lambda model: False
+"""
+
+
 def results(out):
     return json.loads((out / "results.json").read_text())
 
@@ -153,13 +159,16 @@ def test_killed_at_any_moment_the_same_command_goes_on(upgrader, model, texts, t
 
 
 def test_conversations_are_trained_on(upgrader, model, chats, tmp_path):
-    """Several conversions at once, the second with an option behind its name."""
+    """Several conversions at once, the second with an option behind its name; as if the model did not heed positions:
+    then a row is one conversation."""
     argv = [model, "--data", chats, "--out", tmp_path / "out", *FLAGS, "--context", 64, "--steps", 2]
     arms = ["full_attnres", "block_attnres:block_size=2:reads=mlp"]
-    end = upgrader.run("upgrade", *argv, "--residual", ",".join(arms), patch=FORK)
+    end = upgrader.run("upgrade", *argv, "--residual", ",".join(arms), patch=FORK + MIXING)
     assert end.status == 0, end.err
     found = results(tmp_path / "out")
     assert found["corpus"]["conversations"] and 0 < found["corpus"]["val_tokens"] < 40
+    assert found["corpus"]["train_rows"] + found["corpus"]["val_rows"] == 40 and not found["proof"]["packed"]
+    assert "a row holds one sequence only" in end.err
     assert [row["residual"] for row in found["summary"]] == [
         "plain",
         "full_attnres",
