@@ -17,13 +17,14 @@ from .tiny import tiny_model
 SIZES = ["--steps", 8, "--batch-size", 2, "--context", 32, "--validation-tokens", 256]
 FLAGS = [*SIZES, "--precision", "float32", "--device", "cpu"]
 RATES = {"all": ["--lr", "1e-3"], "lora": ["--lr", "1e-2", "--query-lr", "1e-3"], "residual": ["--query-lr", "1e-2"]}
+KILL = "os.killpg(0, signal.SIGKILL)"
 KILLED = """
 import os, signal
 from attnres.upgrade import arm
 begin = arm._Watch.on_step_begin
 def dying(self, args, state, control, **rest):
     if state.global_step == {step} and self.journal.label.startswith({label!r}):
-        os.killpg(0, signal.SIGKILL)
+        {action}
     begin(self, args, state, control, **rest)
 arm._Watch.on_step_begin = dying
 """
@@ -132,14 +133,18 @@ def test_the_plain_arm_is_transformers_own_training(upgraded, model, tmp_path):
 
 @pytest.mark.parametrize("upgraded", ["lora", "residual"], indirect=True)
 def test_killed_at_any_moment_the_same_command_goes_on(upgrader, model, texts, tmp_path, upgraded):
-    """The runs of the fixture again, with the whole process group killed on the way."""
+    """The runs of the fixture again, with one stopped and the whole process group killed on the way."""
     train, whole, _ = upgraded
     out = tmp_path / "out"
     argv = [model, "--data", texts, "--out", out, *FLAGS, "--train", train, *RATES[train], "--checkpoint-every", 2]
-    for label, step in [*[("plain", 3)] * (train == "lora"), ("block", 5)]:
-        end = upgrader.run("upgrade", *argv, patch=FORK + KILLED.format(step=step, label=label))
-        assert end.status == -9, end.err
-        assert not (out / "results.json").exists() and not (out / "upgraded").exists()
+    if train == "lora":
+        stop = KILLED.format(step=2, label="plain", action="os.kill(os.getpid(), signal.SIGTERM)")
+        end = upgrader.run("upgrade", *argv, patch=FORK + stop)
+        assert end.status == 1 and "was stopped at step 3; call again to continue" in end.err
+        assert (out / "runs" / "plain-seed0" / "checkpoints" / "checkpoint-3" / "whole").exists()
+    end = upgrader.run("upgrade", *argv, patch=FORK + KILLED.format(step=5, label="block", action=KILL))
+    assert end.status == -9 and "step 3/8" in end.err, end.err
+    assert not (out / "results.json").exists() and not (out / "upgraded").exists()
     (half,) = out.glob("runs/block*/checkpoints/checkpoint-4")
     shutil.copytree(half, half.with_name("checkpoint-6"))
     (half.with_name("checkpoint-6") / "whole").unlink()  # as if it had been killed in the middle of the next one
