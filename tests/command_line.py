@@ -108,14 +108,14 @@ class Process:
 
 
 class Server:
-    """Starts commands. `patch` is Python code that the process runs first."""
+    """Starts commands. `patch` is Python code that the process runs first; `modules` are imported once for all."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *modules: str) -> None:
         self.folder, self.count = folder, 0
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "ATTNRES_CACHE": str(folder / "cache"), "COLUMNS": "80"}
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(
-            [sys.executable, __file__], env=environment, cwd=folder, stdin=pipe, stdout=pipe, text=True
+            [sys.executable, __file__, *modules], env=environment, cwd=folder, stdin=pipe, stdout=pipe, text=True
         )
 
     def ask(self, **request):
@@ -148,7 +148,7 @@ def _serve() -> dict:
         elif (answer := os.fork()) == 0:
             return request
         print(json.dumps(answer), flush=True)
-    sys.exit()
+    os._exit(0)  # as below
 
 
 def _become(request: dict) -> None:
@@ -170,7 +170,7 @@ def _warm_up() -> None:
     """Imports what commands need, some of it late, so that the processes find it in memory."""
     from attnres.run import hardware
 
-    for name in (*COMMANDS, *LATE):
+    for name in (*COMMANDS, *LATE, *sys.argv[1:]):
         importlib.import_module(name)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
         main(["train", "--help"])

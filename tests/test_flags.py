@@ -24,7 +24,7 @@ def test_flags_and_defaults_are_there(command, recorded, capsys, monkeypatch):
         cli.main([*command.split(), "--help"])
     assert not end.value.code
     shown = plain(capsys.readouterr().out).partition(" options: ")[2]
-    entry = r"(--[a-z0-9.-]+)(?:, --\S+)? (?:(?!\(default: ).)*\(default: (.*?)\)(?= --|$| \w+ options:)"
+    entry = r"(--[a-z0-9.-]+)(?:, --\S+)? (?:(?!\(default: |\(required\)).)*\(default: (.*?)\)(?= --|$| \w+ options:)"
     entries = {flag: re.sub("[ _]", "", default) for flag, default in re.findall(entry, shown)}
     expected = dict(word.split("=") for word in recorded.replace("_", "").split())
     assert {flag: entries.get(flag) for flag in expected} == expected

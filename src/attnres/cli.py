@@ -24,6 +24,7 @@ COMMANDS = {
     "inspect": ("attnres.commands.inspect", "see where the layers of a trained model listen, and what it is worth"),
     "convert": ("attnres.commands.convert", "turn a pretrained Hugging Face model into an AttnRes model"),
     "export": ("attnres.commands.export", "write a model for engines that know Kimi K3, or for llama.cpp"),
+    "upgrade": ("attnres.commands.upgrade", "convert a pretrained model, train on, and say whether it helped"),
     "lab": ("attnres.commands.lab", "repeat the paper's experiments: scaling, ablation, sweep, dynamics"),
     "eval": ("attnres.commands.eval", "measure perplexity on a file, or tasks of lm-eval"),
     "bench": ("attnres.commands.bench", "say what depth attention costs on this machine"),

@@ -79,7 +79,7 @@ def load_corpus(
     source = open_source("stdlib" if data is None else str(data), text_column)
 
     def training_text() -> Iterator[bytes]:
-        sides = ((_held_out(key, validation_fraction), pieces) for key, pieces in source.documents())
+        sides = ((is_held_out(key, validation_fraction), pieces) for key, pieces in source.documents())
         training = itertools.chain.from_iterable(pieces for held_out, pieces in sides if not held_out)
         everything = itertools.chain.from_iterable(pieces for _, pieces in source.documents())
         first = next(training, None)
@@ -173,7 +173,7 @@ def _text_batches(source: Source, fraction: float) -> Iterator[list[Piece]]:
     batch: list[Piece] = []
     size = 0
     for key, pieces in source.documents():
-        held_out, goes_on, piece = _held_out(key, fraction), False, b""
+        held_out, goes_on, piece = is_held_out(key, fraction), False, b""
         for piece in pieces:
             batch.append(Piece(held_out, goes_on, piece))
             goes_on = True
@@ -220,5 +220,6 @@ def _progress(title: str, total: int | None) -> Iterator[Callable[[int], None]]:
     yield advance
 
 
-def _held_out(key: bytes, fraction: float) -> bool:
+def is_held_out(key: bytes, fraction: float) -> bool:
+    """Whether a document with this key is kept from training, the expected share of all that are."""
     return int.from_bytes(hashlib.sha256(key).digest()[:8], "big") < fraction * 2**64

@@ -43,16 +43,29 @@ LONGEST_WAIT = 86400.0
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a grid: what it is called in messages, and the training, whose `out` is its own."""
+    """One run of a grid: what it is called in messages, and the training, whose `out` is its own.
+
+    Runs that are no training of `attnres train` override what follows.
+    """
 
     name: str
-    config: TrainConfig
+    config: Any
 
     @property
-    def flops(self) -> float:
-        """Of the whole training, by which the time that is left is told."""
+    def work(self) -> float:
+        """FLOPs of the whole training, by which the time that is left is told."""
         run = self.config
         return run.steps * run.tokens_per_step * run.model.flops_per_token(run.context)
+
+    def check_folder(self) -> None:
+        """Raises UsageError if the folder of the run holds another one."""
+        out = self.config.out
+        if (out / "config.json").exists():
+            try:
+                saved = read_config(out).with_precision_of(self.config)
+                check_compatible(saved.results(), self.config.results())
+            except UsageError as error:
+                raise UsageError(f"out holds another comparison, choose another --out: in {out} {error}") from error
 
 
 @contextmanager
@@ -76,6 +89,7 @@ def run_grid(
     minutes: float | None = None,
     keep_checkpoints: bool = True,
     measure: Measure = train_and_probe,
+    preload: Sequence[str] = IMPORTED_BEFORE,
 ) -> list[dict[str, Any]]:
     """The results of all cells, in their order: result.json of each, what `measure` returns for its training.
 
@@ -87,17 +101,19 @@ def run_grid(
             to log.txt in its folder.
         minutes: stop after so many, with what is running saved.
         keep_checkpoints: keep the weights of finished runs.
+        preload: modules that are imported once for all runs.
 
     Raises UsageError if a folder holds another run or jobs or minutes are not positive, Failure where a run fails (with
     several jobs the others end first) or time is up.
     """
     check_limits(jobs, minutes)
-    _check_resumable(cells)
+    for cell in cells:
+        cell.check_folder()
     results: dict[int, dict[str, Any]] = {}
     for i, cell in enumerate(cells):
         if (file := cell.config.out / "result.json").exists():
             results[i] = _finished(file)
-    grid = _Grid(cells, jobs, results, keep_checkpoints, measure)
+    grid = _Grid(cells, jobs, results, keep_checkpoints, measure, preload)
     try:
         grid.run(None if minutes is None else time.monotonic() + 60 * minutes)
     except BaseException:
@@ -124,13 +140,14 @@ class _Grid:
         results: dict[int, dict[str, Any]],
         keep_checkpoints: bool,
         measure: Measure,
+        preload: Sequence[str],
     ) -> None:
         self.cells, self.jobs, self.results, self.keep_checkpoints = cells, jobs, results, keep_checkpoints
-        self.measure = measure
+        self.measure, self.preload = measure, preload
         self.running: dict[Any, tuple[int, Any, float]] = {}
         self.failures: dict[str, Exception] = {}
         self.waiting = [i for i in range(len(cells)) if i not in results]
-        self.seconds = self.flops = 0.0  # of the runs that this process has finished
+        self.seconds = self.work = 0.0  # of the runs that this process has finished
 
     def run(self, deadline: float | None) -> None:
         while self.waiting or self.running:
@@ -166,7 +183,7 @@ class _Grid:
         cell = self.cells[i]
         print(f"[{i + 1}/{len(self.cells)}] {cell.name}", file=sys.stderr, flush=True)
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([*IMPORTED_BEFORE])
+        context.set_forkserver_preload([*self.preload])
         receiver, sender = context.Pipe(duplex=False)
         threads = max(1, len(os.sched_getaffinity(0)) // self.jobs) if self.jobs > 1 else None
         process = context.Process(target=send_result, args=(self.measure, cell.config, sender, threads))
@@ -206,18 +223,27 @@ class _Grid:
         if not self.keep_checkpoints:
             shutil.rmtree(cell.config.out / "checkpoints", ignore_errors=True)
         self.seconds += time.monotonic() - began
-        self.flops += cell.flops
+        self.work += cell.work
         if self.jobs > 1:
-            to_do = sum(self.cells[i].flops for i in self.waiting)
-            to_do += sum(self.cells[i].flops for i, *_ in self.running.values()) / 2
-            left = to_do * self.seconds / self.flops / self.jobs
+            to_do = sum(self.cells[i].work for i in self.waiting)
+            to_do += sum(self.cells[i].work for i, *_ in self.running.values()) / 2
+            left = to_do * self.seconds / self.work / self.jobs
             counts = f"{len(self.results)} of {len(self.cells)} runs finished, about {left / 60:.0f} minutes left"
             print(f"{counts}: {cell.name}, validation loss {answer['val_loss']:.4f}", file=sys.stderr, flush=True)
 
 
 def provenance(config: TrainConfig, corpus: Corpus, command: str) -> dict[str, Any]:
     """Where, with what and on what the numbers of a results file were made."""
-    device = hardware.find_device(config.device)
+    return {
+        **made_here(command, config.device, config.precision),
+        "corpus": {"name": corpus.name, "train_tokens": len(corpus.train), "val_tokens": len(corpus.validation)},
+        "train": config.to_dict(),
+    }
+
+
+def made_here(command: str, device_name: str, precision: str) -> dict[str, Any]:
+    """By which command and code numbers were made, when, and on which machine."""
+    device = hardware.find_device(device_name)
     return {
         "command": command,
         "version": __version__,
@@ -225,10 +251,8 @@ def provenance(config: TrainConfig, corpus: Corpus, command: str) -> dict[str, A
         "torch": torch.__version__,
         "python": platform.python_version(),
         "device": hardware.describe(device),
-        "dtype": hardware.name_of(hardware.find_precision(config.precision, device)),
+        "dtype": hardware.name_of(hardware.find_precision(precision, device)),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "corpus": {"name": corpus.name, "train_tokens": len(corpus.train), "val_tokens": len(corpus.validation)},
-        "train": config.to_dict(),
     }
 
 
@@ -258,17 +282,6 @@ def _finished(file: Path) -> dict[str, Any]:
         return json_text.parse_object(files.read(file))
     except (OSError, ValueError) as error:
         raise Failure(f"{file} cannot be read: {error}; remove it, and its run is done again") from error
-
-
-def _check_resumable(cells: Sequence[Cell]) -> None:
-    for cell in cells:
-        out = cell.config.out
-        if (out / "config.json").exists():
-            try:
-                saved = read_config(out).with_precision_of(cell.config)
-                check_compatible(saved.results(), cell.config.results())
-            except UsageError as error:
-                raise UsageError(f"out holds another comparison, choose another --out: in {out} {error}") from error
 
 
 def _commit() -> str | None:

@@ -29,10 +29,11 @@ from ..train.trainer import train
 PROBE_BATCHES = 4
 
 
-Measure = Callable[[TrainConfig], dict[str, Any]]
+Measure = Callable[[Any], dict[str, Any]]
+"""Of the configuration of a run, for most a TrainConfig."""
 
 
-def send_result(measure: Measure, config: TrainConfig, sender: Any, threads: int | None) -> None:
+def send_result(measure: Measure, config: Any, sender: Any, threads: int | None) -> None:
     """Sends what `measure` returns or raises. With `threads`, so many are used and progress goes to a file."""
     threading.Thread(target=_follow_parent, daemon=True).start()
     try:

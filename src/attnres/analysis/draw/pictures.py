@@ -113,7 +113,7 @@ def sketch(residual: str, index: int) -> str:
     """A thumbnail of how strongly each layer (row) reads each earlier output (column); "" if a mechanism has none."""
 
     def weight(layer: int, source: int) -> float:
-        if residual == "prenorm":
+        if residual in ("plain", "prenorm"):
             return 0.45
         if residual == "full_attnres":
             skip = 0.5 if (layer, source) in ((5, 2), (8, 4)) else 0.0
@@ -121,7 +121,7 @@ def sketch(residual: str, index: int) -> str:
         behind = (layer + 2) // 3 - (source + 2) // 3
         return 0.1 + 0.75 * math.exp(-behind / 0.8) + (0.3 if source == 0 and layer else 0)
 
-    if residual not in ("prenorm", "full_attnres", "block_attnres"):
+    if residual not in ("plain", "prenorm", "full_attnres", "block_attnres"):
         return ""
     cells = "".join(
         f'<rect x="{source}" y="{layer}" width=".88" height=".88" fill-opacity="{min(1, weight(layer, source)):.2f}"/>'

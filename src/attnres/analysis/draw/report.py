@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 DASH, MINUS, TIMES = "\N{EN DASH}", "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
 
 _MECHANISMS = {
+    "plain": "The model as it was: each layer reads the plain sum of the embedding and every earlier output.",
     "prenorm": "The usual residual: each layer reads the plain sum of the embedding and every earlier output. "
     "All count the same, and the sum grows with depth.",
     "full_attnres": "Each layer chooses: a learned query attends over the embedding and every earlier output, "
@@ -54,7 +55,8 @@ def write_report(results: dict, out_dir: str | Path) -> Path:
     """Write the comparison as out_dir/report.html (self-contained, light and dark) and return its path.
 
     Args:
-        results: the contents of a results.json of `attnres compare`.
+        results: the contents of a results.json of `attnres compare`; or of another command with runs of its form, whose
+            "words" say "title", "command", "finding" and "note" in the place of what a comparison has.
         out_dir: folder, made if needed.
 
     Raises:
@@ -63,12 +65,14 @@ def write_report(results: dict, out_dir: str | Path) -> Path:
     """
     named = looks(results)
     corpus = results.get("corpus") or {}
-    title = "Attention Residuals, compared"
-    about = ["attnres compare", corpus.get("name"), str(results.get("date") or "")[:10]]
+    words = results.get("words") or {}
+    title = words.get("title") or "Attention Residuals, compared"
+    finding = escape(words["finding"]) if "finding" in words else _finding(results, named)
+    about = [words.get("command") or "attnres compare", corpus.get("name"), str(results.get("date") or "")[:10]]
     body = [
         "<main>",
         f'<header><p class="eyebrow">{" · ".join(escape(str(part)) for part in about if part)}</p>',
-        f'<h1>{title}</h1><p class="lede">{_finding(results, named)}</p></header>',
+        f'<h1>{title}</h1><p class="lede">{finding}</p></header>',
         _mechanisms(named),
         f"<section><h2>Results</h2>{_summary(results, named)}{_caveat(results)}</section>",
         _curves(results, named),
@@ -194,15 +198,17 @@ def _summary(results: dict, named: dict[str, Look]) -> str:
     losses = [row["val_loss"] for row in _rows(results, named) if _number(row.get("val_loss")) != DASH]
     times, rows = _times(results), []
     for row in _rows(results, named):
-        loss = _number(row.get("val_loss"))
+        error = row.get("standard_error")  # where it is known, losses have the digits that it is told in
+        loss = _number(row.get("val_loss"), ".3f" if error is None else ".4f")
         if losses and row.get("val_loss") == min(losses):
             loss = f'<span class="best">{loss}</span>'
         if row.get("val_loss_spread") is not None:
             loss += f"<small>spread {_number(row['val_loss_spread'])}</small>"
         is_base = row["residual"] == base
-        difference = "baseline" if is_base else _number(row.get("difference"), "+.3f")
+        difference = "baseline" if is_base else _number(row.get("difference"), "+.3f" if error is None else "+.4f")
         if not is_base and difference != DASH:
-            difference += f"<small>{_verdict(results, row['residual'])}</small>"
+            doubt = _verdict(results, row["residual"]) if error is None else f"\N{PLUS-MINUS SIGN} {error:.4f}"
+            difference += f"<small>{doubt}</small>"
         worth = [in_words(row.get("worth"), times) + TIMES] if times else []
         rows.append([
             _name(named, row["residual"]), loss, difference, *worth, _number(row.get("throughput_ratio"), ".2f", TIMES),
@@ -215,6 +221,8 @@ def _summary(results: dict, named: dict[str, Look]) -> str:
 
 
 def _caveat(results: dict) -> str:
+    if note := (results.get("words") or {}).get("note"):
+        return f'<p class="note">{escape(note)}</p>'
     seeds = len({run["seed"] for run in results["runs"]})
     parameters = max((run.get("parameters") or 0 for run in results["runs"]), default=0)
     tokens = max((run.get("tokens") or 0 for run in results["runs"]), default=0)

@@ -27,6 +27,7 @@ class Look:
 
 # Okabe and Ito's palette stays distinct under the common colour-vision deficiencies; markers repeat the distinction.
 _LOOKS = {
+    "plain": Look("Unconverted", "#6b7280", "#a9b2be", "o"),
     "prenorm": Look("PreNorm", "#6b7280", "#a9b2be", "o"),
     "full_attnres": Look("Full AttnRes", "#d55e00", "#ff8f4a", "s"),
     "block_attnres": Look("Block AttnRes", "#0072b2", "#56b4e9", "D"),

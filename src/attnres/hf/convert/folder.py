@@ -17,7 +17,7 @@ from ..kimi_k3 import door as kimi_k3
 from ..vocabulary import open_tokenizer
 from .card import write_card
 from .door import convert, load, load_pretrained, read_config
-from .proof import sample_tokens
+from .proof import Sample, sample_tokens
 
 TOLERANCE = 1e-4
 """Largest difference of logits in single precision that counts as the same function, relative to the largest logit."""
@@ -71,7 +71,7 @@ def convert_folder(
     result: dict[str, Any] = {"source": str(source), "destination": str(destination), "architecture": config.model_type}
     if kimi_k3.is_kimi_k3(source):
         return {**result, "architecture": "kimi_k3", **_rewrite(source, destination, residual, sizes, report)}
-    result |= _verify(source, residual, sizes)
+    result |= convert_and_compare(load_pretrained(source, dtype=torch.float32).eval(), residual, sizes)
     report(
         f"largest difference of logits {result['largest_difference']:.3g}, relative to the largest logit "
         f"{result['relative_difference']:.3g}, over {result['sample_tokens']} sample tokens in float32"
@@ -84,7 +84,7 @@ def convert_folder(
     model = load_pretrained(source, dtype="auto")
     before = model.num_parameters()
     convert(model, residual, **sizes)
-    _write(model, source, destination)
+    write_folder(model, source, destination)
     report(f"wrote {destination}")
     return result | _described(model, before)
 
@@ -101,7 +101,7 @@ def _rewrite(
     report(
         "the model has Attention Residuals already, in Kimi K3's layout: its weights go as they are into the native one"
     )
-    _write(model, source, destination)
+    write_folder(model, source, destination)
     report(f"wrote {destination}")
     compared = ("sample_tokens", "largest_difference", "largest_logit", "relative_difference")
     return dict.fromkeys(compared) | _described(model, model.num_parameters())
@@ -123,22 +123,31 @@ def _check_folders(source: Path, destination: Path) -> Any:
     """The config of the model in `source`, if both folders are fit for a conversion."""
     if not source.is_dir() and not is_gguf(source):
         raise UsageError(f"{source} is neither a folder nor a GGUF file; download the model first and give its folder")
+    config = read_causal_config(source)
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise UsageError(f"{destination} exists already; name a folder that does not, or remove it")
+    return config
+
+
+def read_causal_config(source: str | Path) -> Any:
+    """The config of a causal language model in full precision: a folder, a GGUF file or a Hub name.
+
+    Raises UsageError for another model, and a quantised one.
+    """
     config = read_config(source)
     if getattr(config, "quantization_config", None) is not None and not is_gguf(source):
         raise UsageError(f"the model in {source} is quantised; convert the original, then quantise the result")
     classes = config.architectures or []
     if classes and not any(name.endswith(("CausalLM", "LMHeadModel")) for name in classes):
         raise UsageError(f"{source} holds a {classes[0]}, no causal language model; convert it with attnres.hf.convert")
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise UsageError(f"{destination} exists already; name a folder that does not, or remove it")
     return config
 
 
 @torch.no_grad()
-def _verify(source: Path, residual: str, sizes: dict[str, Any]) -> dict[str, Any]:
-    model = load_pretrained(source, dtype=torch.float32).eval()
+def convert_and_compare(model: Any, residual: str, sizes: dict[str, Any]) -> dict[str, Any]:
+    """Converts a model in evaluation mode, in place, and says how far its logits on sample tokens moved."""
     length = min(64, getattr(model.config, "max_position_embeddings", None) or 64)
-    sample = sample_tokens(model.config.vocab_size, length)
+    sample = Sample(*(t.to(model.device) for t in sample_tokens(model.config.vocab_size, length)))
     before = model(**sample._asdict(), use_cache=False).logits
     after = convert(model, residual, verify=False, **sizes)(**sample._asdict(), use_cache=False).logits
     real = sample.attention_mask.bool()
@@ -152,14 +161,20 @@ def _verify(source: Path, residual: str, sizes: dict[str, Any]) -> dict[str, Any
     }
 
 
-def _write(model: Any, source: Path, destination: Path) -> None:
-    """Writes beside the destination and renames at the end, so that a crash leaves no half a model under its name."""
+def write_folder(model: Any, source: str | Path, destination: Path) -> None:
+    """Writes a converted model with its card and what else `source`, its original, has: the tokenizer, the licence.
+
+    It goes beside the destination, which takes its name at the end: a crash leaves no half a model there. source: a
+    folder, a GGUF file or a Hub name. Raises Failure if it cannot be written.
+    """
+    source = Path(source) if Path(source).exists() else source
     partial = destination.with_name(f".{destination.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
-        write_card(model, partial, source.parent if is_gguf(source) else source)
+        beside = None if isinstance(source, str) else source.parent if is_gguf(source) else source
+        write_card(model, partial, beside)
         model.save_pretrained(partial)
-        if is_gguf(source):
+        if isinstance(source, str) or is_gguf(source):
             open_tokenizer(source).save_pretrained(partial)
         else:
             _keep_others(source, partial)
