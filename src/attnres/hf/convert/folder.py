@@ -14,7 +14,7 @@ from ... import json_text
 from ...errors import Failure, UsageError
 from ...files import is_gguf
 from ..vocabulary import open_tokenizer
-from .card import write_card
+from ..card import write_card
 from .door import convert, load_pretrained, read_config
 from .proof import sample_tokens
 

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...version import NAMESPACE
+
 
 def token_experts(
     x_ND: Tensor,
@@ -38,7 +40,7 @@ def token_experts(
     return _experts(x_ND, weight_R, token_R, count_E, gate_EID, up_EID, down_EDI)[0]
 
 
-@torch.library.custom_op("attnres::token_experts", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::token_experts", mutates_args=())
 def _experts(
     x_ND: Tensor,
     weight_R: Tensor,
@@ -63,7 +65,7 @@ def _experts(
     return y_ND.to(x_ND.dtype), gate_RI, up_RI
 
 
-@torch.library.custom_op("attnres::token_experts_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::token_experts_backward", mutates_args=())
 def _backward(
     dy_ND: Tensor,
     x_ND: Tensor,
