@@ -32,8 +32,8 @@ After `import attnres.hf` transformers' Auto classes load it too.
 _WITHOUT = """
 ## Without attnres
 
-`modeling_attnres.py` has the code, for machines where attnres is not installed. It needs torch and transformers. Read it
-before you run it; attnres itself never does.
+`modeling_attnres.py` has the code, for machines where attnres is not installed. It needs torch and transformers. Read
+it before you run it; attnres itself never does.
 
 ```python
 import transformers

@@ -1,4 +1,4 @@
-"""Imports modules from their texts: of the code in a model's folder (`remote_code`) the part that is no module of ours."""
+"""Imports modules from their texts: what the code in a model's folder (`remote_code`) has beside modules of ours."""
 
 import re
 from collections.abc import Mapping, Sequence

@@ -13,8 +13,8 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from ... import json_text
 from ...errors import Failure, UsageError
 from ...files import is_gguf
-from ..vocabulary import open_tokenizer
 from ..card import write_card
+from ..vocabulary import open_tokenizer
 from .door import convert, load_pretrained, read_config
 from .proof import sample_tokens
 
