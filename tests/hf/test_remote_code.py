@@ -49,7 +49,8 @@ ids, greedy, expected = torch.load(folder / "expected.pt")
 for name, (logits, text, gradient) in expected.items():
     model = models[name] = AutoModelForCausalLM.from_pretrained(folder / name, trust_remote_code=True).eval()
     assert type(model).__module__.startswith("transformers_modules."), type(model)
-    assert type(AutoConfig.from_pretrained(folder / name, trust_remote_code=True)).__module__ == type(model.config).__module__
+    config = AutoConfig.from_pretrained(folder / name, trust_remote_code=True)
+    assert type(config).__module__ == type(model.config).__module__
     with torch.no_grad():
         assert torch.equal(model(ids).logits, logits), name
     assert torch.equal(model.generate(ids, **greedy), text), name
@@ -79,7 +80,7 @@ try:
     models["block_attnres"].from_run("somewhere")
     raise AssertionError("a run")
 except ModuleNotFoundError as error:
-    assert "run.find of attnres is not in" in str(error) and "pip install attnres" in str(error), error
+    assert "run of attnres is not in" in str(error) and "pip install attnres" in str(error), error
 
 del sys.modules["attnres"]
 import attnres.hf  # afterwards the package serves, and what was loaded before goes on with its own code

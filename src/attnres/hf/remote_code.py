@@ -33,9 +33,9 @@ so on. Raises UsageError for a model with classes that another process would not
 _DOUBLE, _SINGLE = 3 * '"', 3 * "'"
 _HEAD = f"""{_DOUBLE}The code of the model in this folder, for machines where attnres is not installed.
 
-transformers runs it for whoever loads the folder with trust_remote_code=True. It needs torch and transformers. Written
-by attnres {__version__} (Apache-2.0). SOURCES has modules of that package as they are there, each line behind a "|"; Carried
-imports them; the last lines name the classes that transformers asks for.
+transformers runs it for whoever loads the folder with trust_remote_code=True. It needs torch and transformers.
+Written by attnres {__version__} (Apache-2.0). SOURCES has modules of that package as they are there, each line behind
+a "|"; Carried imports them; the last lines name the classes that transformers asks for.
 {_DOUBLE}
 
 import importlib
