@@ -50,7 +50,7 @@ for name, (logits, text, gradient) in expected.items():
     model = models[name] = AutoModelForCausalLM.from_pretrained(folder / name, trust_remote_code=True).eval()
     assert type(model).__module__.startswith("transformers_modules."), type(model)
     config = AutoConfig.from_pretrained(folder / name, trust_remote_code=True)
-    assert type(config).__module__ == type(model.config).__module__
+    assert type(config).__module__ == type(model.config).__module__ and type(config)()
     with torch.no_grad():
         assert torch.equal(model(ids).logits, logits), name
     assert torch.equal(model.generate(ids, **greedy), text), name
@@ -155,7 +155,7 @@ def test_what_is_carried_is_the_package_as_it_is(tmp_path):
         path = PACKAGE.joinpath(*name.split("."))
         path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
         assert carried.get_source(f"somewhere.{name}") == path.read_text(encoding="utf-8"), name
-    absent = ("triton", "native", "run.", "train", "model.layers", "residual.mechanisms.full")
+    absent = ("triton", "native", "run.", "train", "model.layers", "residual.mechanisms.full_attnres")
     assert not [name for name in names["SOURCES"] if any(part in name for part in absent)]
 
 

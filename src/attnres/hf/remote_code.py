@@ -106,7 +106,8 @@ def _is_ours(name: Any) -> bool:
 
 def _text(model: Any, places: Mapping[str, str]) -> str:
     """The file for a model. Raises UsageError if its residual connection or a layer is of another package."""
-    kinds = {registry.get(model.config.residual), *getattr(model.config, "layer_kinds", ())}
+    kinds = {*getattr(model.config, "layer_kinds", ())}
+    kinds |= {registry.get(config.residual) for config in (model.config, type(model.config))}  # of an empty config too
     for kind in kinds:
         if not kind.__module__.startswith(f"{_ROOT}."):
             raise UsageError(
