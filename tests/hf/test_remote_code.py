@@ -18,7 +18,7 @@ from attnres.hf import AttnResConfig, AttnResForCausalLM
 from attnres.hf.convert import table
 from attnres.residual import BlockAttnRes, registry
 
-from .converted import COMMON, build, move_queries, randomise, tokens
+from .converted import COMMON, build, tokens, with_moved_queries
 
 PACKAGE = Path(hf.__file__).parents[1]
 NAMES = ["block_attnres", "full_attnres", "hybrid", "llama", "qwen3"]
@@ -26,13 +26,11 @@ GREEDY = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token
 
 
 def make(name):
+    if name == "hybrid":
+        return with_moved_queries("native", attention_pattern=("kda", "mla"), num_experts=4, num_experts_per_tok=2)
     if name in ("llama", "qwen3"):
-        residual = "full_attnres" if name == "qwen3" else "block_attnres"
-        return move_queries(hf.convert(build(name, torch.float32), residual))
-    more = {"attention_pattern": ("kda", "mla"), "num_experts": 4, "num_experts_per_tok": 2} if name == "hybrid" else {}
-    residual = "block_attnres" if name == "hybrid" else name
-    model = randomise(AttnResForCausalLM(AttnResConfig(**COMMON, **more, residual=residual)))
-    return move_queries(model).eval()
+        return with_moved_queries(name, "full_attnres" if name == "qwen3" else "block_attnres")
+    return with_moved_queries("native", name)
 
 
 ELSEWHERE = """
