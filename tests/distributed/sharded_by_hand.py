@@ -91,7 +91,7 @@ def converted(family, residual, groups):
 
     from attnres import hf
 
-    shape = dict(vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    shape = dict(SHAPE, num_key_value_heads=2)
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**shape)
     sizes = {"num_blocks": 2} if residual == "block_attnres" else {}
