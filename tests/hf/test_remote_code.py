@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from attnres import hf, ops
+from attnres.data.tokenizer import ByteTokenizer
 from attnres.errors import UsageError
 from attnres.hf import AttnResConfig, AttnResForCausalLM
 from attnres.hf.convert import table
@@ -40,7 +41,8 @@ import torch
 torch.set_num_threads(1)
 for name in ("attnres", "fla", "causal_conv1d"):
     sys.modules[name] = None
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, trainer_pt_utils
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
+from transformers import trainer_pt_utils
 
 models, folder = {}, Path(sys.argv[1])
 ids, greedy, expected = torch.load(folder / "expected.pt")
@@ -49,6 +51,8 @@ for name, (logits, text, gradient) in expected.items():
     assert type(model).__module__.startswith("transformers_modules."), type(model)
     config = AutoConfig.from_pretrained(folder / name, trust_remote_code=True)
     assert type(config).__module__ == type(model.config).__module__ and type(config)()
+    tokenizer = AutoTokenizer.from_pretrained(folder / name, trust_remote_code=True)
+    assert tokenizer("Depth").input_ids == [*b"Depth"]
     with torch.no_grad():
         assert torch.equal(model(ids).logits, logits), name
     assert torch.equal(model.generate(ids, **greedy), text), name
@@ -104,6 +108,7 @@ def test_the_folder_is_all_that_is_needed(tmp_path):
                 logits = model(tokens()).logits
             text = model.generate(tokens(), **GREEDY)
             model.save_pretrained(tmp_path / name, remote_code=True)
+            ByteTokenizer().save(tmp_path / name)
             model.train()(tokens(), labels=tokens()).loss.backward()
             expected[name] = (logits, text, model.model.residual.pseudo_query.grad)
     finally:
@@ -141,6 +146,15 @@ def test_the_library_runs_nothing_from_the_folder(name, tmp_path, monkeypatch):
     assert not (tmp_path / "still-without" / "modeling_attnres.py").exists()
     assert 'AutoModelForCausalLM.from_pretrained("this-folder", trust' in (tmp_path / "with" / "README.md").read_text()
     assert not [card for card in tmp_path.glob("*without/README.md") if "trust_remote_code" in card.read_text()]
+
+
+def test_nobody_is_asked_whether_to_run_code(tmp_path, monkeypatch):
+    make("llama").save_pretrained(tmp_path, remote_code=True)
+    said = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(said | {"model_type": "attnres_of_tomorrow"}))
+    monkeypatch.setattr("builtins.input", lambda prompt: pytest.fail(prompt))
+    with pytest.raises(UsageError, match=r"no config that can be read.* contains custom code"):
+        hf.load(tmp_path)
 
 
 def test_what_is_carried_is_the_package_as_it_is(tmp_path):
