@@ -192,6 +192,9 @@ def test_what_another_process_could_not_find_is_refused(tmp_path, monkeypatch):
     llama = make("llama")
     with pytest.raises(UsageError, match=r"save first, then model\.push_to_hub"):
         llama.save_pretrained(tmp_path / "refused", remote_code=True, push_to_hub=True)
+    llama.config.auto_map = {"AutoConfig": "somebody/model--modeling_attnres.AttnResLlamaConfig"}
+    with pytest.raises(UsageError, match=r"save first, then model\.push_to_hub"):
+        llama.save_pretrained(tmp_path / "refused", push_to_hub=True)
     del table.ARCHITECTURES["llama"]
     table.register(table.Architecture("llama"))
     with pytest.raises(UsageError, match="an architecture that you registered"):

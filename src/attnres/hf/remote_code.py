@@ -58,23 +58,23 @@ for name, module in CLASSES.items():
 
 
 def saving(original: Callable[..., None], names: Names, card: bool = True) -> Callable[..., None]:
-    """The `save_pretrained` of a model class, which writes a model card (without `card` only beside code) and takes
+    """The `save_pretrained` of a model class with a model card (without `card` only beside code) and an argument more.
 
-    remote_code: True: write the code, so that the folder loads with trust_remote_code=True where attnres is not
-        installed; False: do not; None: as the model was loaded. Raises UsageError, before anything is written, for
-        a model that needs other code than this package's and transformers'.
+    It is remote_code: True writes the code too, so that the folder loads with trust_remote_code=True where attnres is
+    not installed; False does not; None does if the model came with it. Raises UsageError, before anything is written,
+    for a model that needs other code than this package's and transformers'.
     """
 
     @functools.wraps(original)
     def save_pretrained(
         self: Any, save_directory: Any, *args: Any, remote_code: bool | None = None, **kwargs: Any
     ) -> None:
-        if remote_code and (args[2] if len(args) > 2 else kwargs.get("push_to_hub")):
-            raise UsageError("push_to_hub=True would leave the code out; save first, then model.push_to_hub(name)")
         said = getattr(self.config, "auto_map", None) or {}
         others = {auto: name for auto, name in said.items() if not _is_ours(name)}
         text = None
         if remote_code or (remote_code is None and len(others) < len(said)):
+            if args[2] if len(args) > 2 else kwargs.get("push_to_hub"):
+                raise UsageError("push_to_hub=True would leave the code out; save first, then model.push_to_hub(name)")
             places = names(self)
             text = _text(self, places)
             own = {auto: _REFERENCE + place.rpartition(".")[2] for auto, place in places.items()}
