@@ -4,9 +4,11 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
+import transformers
 
 from .converted import PAD, build, tokens, with_moved_queries
 
+is_old = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 19)
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": PAD, "eos_token_id": None}
 TARGETS = [
     ("native", "block_attnres"),
@@ -34,7 +36,10 @@ def test_greedy_text_does_not_depend_on_who_guesses(name, residual):
     passes = []
     model.model.register_forward_hook(lambda module, args, output: passes.append(output.last_hidden_state.shape[1]))
     ways = [{"assistant_model": assistant} for assistant in assistants()]
-    for way in (*ways, {"prompt_lookup_num_tokens": 3}, {"assistant_early_exit": 2}):
+    ways += [{"prompt_lookup_num_tokens": 3}, {"assistant_early_exit": 2}]
+    if is_old and hasattr(model.config, "layer_types") and name != "native":
+        ways.pop()  # drafts of such models, converted or not, fail there on caches of the layers that they leave out
+    for way in ways:
         passes.clear()
         assert torch.equal(model.generate(prompt, **way, **GREEDY), expected), way
         assert passes[0] > prompt.shape[1] or max(passes[1:]) > 1, "guesses were checked together"
