@@ -7,6 +7,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
+EXTRAS ?= train,hf,eval,dev,dev-newest
 BIN := $(VENV)/bin
 ENGINES := .venv-engines
 
@@ -20,7 +21,7 @@ test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -rs --durations=20
 
 test-oldest:
-	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt EXTRAS=train,hf,eval,dev
 
 test-engines: $(ENGINES)/.ready
 	$(ENGINES)/bin/python -m pytest tests/engines -m engines
@@ -46,7 +47,7 @@ $(VENV)/.train: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c $(CONSTRAINTS) -e '.[train,hf,eval,dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
 	@touch $@ $(VENV)/.train
 
 $(VENV)/.docs: pyproject.toml $(CONSTRAINTS) | $(BIN)/python

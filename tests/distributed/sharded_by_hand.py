@@ -86,14 +86,16 @@ def without_a_root(name):
     return "ran"
 
 
-def converted(residual, groups):
+def converted(family, residual, groups):
     import transformers
 
     from attnres import hf
 
-    shape = dict(vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    shape = dict(SHAPE, num_key_value_heads=2)
     torch.manual_seed(0)
-    model = hf.convert(transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)), residual, num_blocks=2)
+    config = getattr(transformers, f"{family}Config")(**shape)
+    sizes = {"num_blocks": 2} if residual == "block_attnres" else {}
+    model = hf.convert(getattr(transformers, f"{family}ForCausalLM")(config), residual, **sizes)
     compare(trained_like(model.double()), lambda m: m.model.layers, lambda m: m.model.residual, groups)
 
 

@@ -25,7 +25,8 @@ def test_hugging_face_models(world):
     pytest.importorskip("transformers")
     for groups in GROUPS:
         world(2).run(sharded_by_hand.hugging_face, groups)
-        world(2).run(sharded_by_hand.converted, "block_attnres", groups)
+        world(2).run(sharded_by_hand.converted, "Llama", "block_attnres", groups)
+    world(2).run(sharded_by_hand.converted, "Qwen3", "full_attnres", ["residual"])
 
 
 def test_a_residual_connection_without_the_model(world):

@@ -7,6 +7,8 @@ import pytest
 import torch
 import transformers
 
+from attnres import hf
+
 VOCAB, PAD = 61, 0
 SHAPE = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "pad_token_id": PAD}
 COMMON = {**SHAPE, "num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64}
@@ -105,6 +107,18 @@ def move_queries(model: Any, seed: int = 1) -> Any:
     residual.pseudo_query.copy_(torch.randn(residual.pseudo_query.shape, generator=generator) / 4)
     residual.key_norm.copy_(1 + torch.randn(residual.key_norm.shape, generator=generator) / 4)
     return model
+
+
+def with_moved_queries(
+    name: str, residual: str = "block_attnres", dtype: torch.dtype = torch.float32, **changes: Any
+) -> Any:
+    """A "native" language model, or that of an architecture converted, as if it had been trained."""
+    if name == "native":
+        config = hf.AttnResConfig(**{**COMMON, **changes}, residual=residual)
+        model = randomise(hf.AttnResForCausalLM(config)).to(dtype).eval()
+    else:
+        model = hf.convert(build(name, dtype, **changes), residual)
+    return move_queries(model)
 
 
 def tokens(batch: int = 2, length: int = 9, seed: int = 0) -> torch.Tensor:

@@ -130,8 +130,11 @@ def test_the_whole_works_with_a_converted_language_model(name, tmp_path):
     with torch.no_grad():
         moved = model(**given).logits
     assert not torch.allclose(moved, expected, atol=1e-3)
-    model.save_pretrained(tmp_path)
     own_class = "AttnRes" in type(model).__name__
+    if own_class:
+        with pytest.raises(UsageError, match=f"for language models; a {type(model).__name__} needs attnres"):
+            model.save_pretrained(tmp_path, remote_code=True)
+    model.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").exists() == own_class == (name in ("gemma3", "qwen2_vl", "qwen2_5_vl"))
     loaded = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
     assert type(loaded) is type(model) and "AttnRes" in type(loaded.model.language_model).__name__

@@ -146,7 +146,8 @@ def test_convert_writes_the_native_layout(folder, tmp_path):
     assert "modeling_kimi.py" not in present and not [name for name in present if "of-00003" in name]
     assert AutoTokenizer.from_pretrained(tmp_path / "native").chat_template == "{{ messages }}"
     card = (tmp_path / "native" / "README.md").read_text()
-    assert "Kimi-K3-Tiny as a native AttnRes model" in card and "license: other" in card and "a Kimi" in card
+    assert "# Kimi-K3-Tiny\n" in card and "connection is attention over depth" in card
+    assert "license: other" in card and "a Kimi" in card
     assert "queries at zero" not in card
     with pytest.raises(UsageError, match="has Block AttnRes already, with blocks of its own; leave out --residual"):
         convert_folder(folder, tmp_path / "other", "full_attnres")

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ..errors import UsageError
-from ..model import DecoderConfig
+from ..model.config import DecoderConfig
 
 _FIELDS = [field.name for field in dataclasses.fields(DecoderConfig)]
 

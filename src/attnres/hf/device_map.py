@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..model.decoder import Backbone, stream_dtype
 from ..model.layers.gqa import Context
 from ..model.loop import input_norm, run
-from ..residual import State
+from ..residual.base import State
 from .residual_place import rows_on
 
 

@@ -3,9 +3,13 @@
 transformers' own heads over any base model; weights of the base model are named as in `AttnResForCausalLM`.
 """
 
+from transformers import AutoModel
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 
-from .modeling import AttnResPreTrainedModel
+from .configuration import AttnResConfig
+from .modeling import AttnResModel, AttnResPreTrainedModel
+
+AutoModel.register(AttnResConfig, AttnResModel, exist_ok=True)  # by which these heads make their base model
 
 
 class AttnResForSequenceClassification(GenericForSequenceClassification, AttnResPreTrainedModel):

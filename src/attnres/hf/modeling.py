@@ -19,17 +19,16 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple, logging
 
 from ..errors import Failure, UsageError
-from ..model import Decoder
-from ..model.decoder import Backbone, expert_std, initial_std
+from ..model.decoder import Backbone, Decoder, expert_std, initial_std
 from ..model.layers.gqa import Context, lengths_vary, rotary_factors
-from ..residual import Residual, State
-from ..run.find import find_run
+from ..residual.base import Residual, State
 from .attention import AttentionInterface, attend_by_config
 from .cache import LayerCache, check_cache, check_generation, check_paged
 from .configuration import AttnResConfig
 from .device_map import hidden_across_devices, is_dispatched
 from .engines import StaysWhole, adapt_to_vllm
 from .packing import find_packing
+from .remote_code import check_class, saving
 from .residual_place import check_verbs, rows_on
 from .self_speculation import DraftsItself
 from .tensor_parallel import SharesTokens, shards_of
@@ -38,6 +37,21 @@ logger = logging.get_logger(__name__)
 
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 """What makes the masks of a layer, by its `Layer.cache_type`."""
+
+
+NAMES = {
+    "AutoConfig": "hf.configuration.AttnResConfig",
+    "AutoModel": "hf.modeling.AttnResModel",
+    "AutoModelForCausalLM": "hf.modeling.AttnResForCausalLM",
+    "AutoModelForSequenceClassification": "hf.heads.AttnResForSequenceClassification",
+    "AutoModelForTokenClassification": "hf.heads.AttnResForTokenClassification",
+}
+
+
+def names_of(model: Any) -> dict[str, str]:
+    """`remote_code.Names` of a native model."""
+    check_class(model, ["hf.modeling", "hf.heads"])
+    return NAMES
 
 
 class AttnResPreTrainedModel(StaysWhole, SharesTokens, PreTrainedModel):
@@ -54,6 +68,8 @@ class AttnResPreTrainedModel(StaysWhole, SharesTokens, PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    save_pretrained = saving(PreTrainedModel.save_pretrained, names_of, card=False)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -365,6 +381,8 @@ class AttnResForCausalLM(DraftsItself, AttnResPreTrainedModel, GenerationMixin):
         The tokenizer of the run is `AutoTokenizer.from_pretrained(folder)`. Raises UsageError if `folder` is no run or
         its weights do not fit its configuration, Failure if a file is damaged.
         """
+        from ..run.find import find_run  # not in the code that a folder carries
+
         run = find_run(folder)
         end = run.end_of_document
         config = AttnResConfig(**run.config.to_dict(), eos_token_id=end, pad_token_id=end)

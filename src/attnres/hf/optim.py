@@ -8,7 +8,7 @@ from torch import nn
 from transformers import trainer_pt_utils
 
 from ..errors import UsageError
-from ..residual import Residual
+from ..residual.base import Residual
 
 
 def parameter_groups(
@@ -45,13 +45,14 @@ def parameter_groups(
 def spare_residuals() -> None:
     """Has transformers' Trainer give the parameters of residual connections no weight decay, as it does with norms."""
     found: Callable[..., list[str]] = trainer_pt_utils.get_parameter_names
-    if getattr(found, "spares_residuals", False):
+    spared = getattr(found, "spared", ())
+    if Residual in spared:
         return
 
     def get_parameter_names(model: Any, forbidden_layer_types: Any, *args: Any, **kwargs: Any) -> list[str]:
         return found(model, [*forbidden_layer_types, Residual], *args, **kwargs)
 
-    get_parameter_names.spares_residuals = True  # type: ignore[attr-defined]
+    get_parameter_names.spared = (*spared, Residual)  # type: ignore[attr-defined]
     for name in ("transformers.trainer_pt_utils", "transformers.trainer"):
         if name in sys.modules:  # the second has its own name for it
             sys.modules[name].get_parameter_names = get_parameter_names  # type: ignore[attr-defined]

@@ -8,14 +8,16 @@ layers, and what cannot heed them is refused.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from ..errors import UsageError
-from .configuration import AttnResConfig
+
+if TYPE_CHECKING:
+    from .configuration import AttnResConfig
 
 STATEFUL = frozenset({"linear_attention", "conv"})
 """Types of layers that carry something from token to token which no mask stops."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import UsageError
-from ..residual import Residual
+from ..residual.base import Residual
 
 
 def check_verbs(residual: Any) -> None:

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from .. import residual as residuals
 from ..errors import UsageError, check_counts
+from ..residual import registry
+from ..residual.base import Residual
 from . import layer
 
 MOST, MOST_BLOCKS, MOST_ELEMENTS = 2**31 - 1, 2**16, 2**50
@@ -256,14 +257,12 @@ class DecoderConfig(DecoderShape):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        residuals.get(self.residual)
+        registry.get(self.residual)
 
-    def build_residual(self) -> residuals.Residual:
+    def build_residual(self) -> Residual:
         """The residual connection of this config."""
-        defaults = residuals.get(self.residual).decoder_options
-        return residuals.build(
-            self.residual, self.hidden_size, self.num_layers, **{**defaults, **self.residual_options}
-        )
+        defaults = registry.get(self.residual).decoder_options
+        return registry.build(self.residual, self.hidden_size, self.num_layers, **{**defaults, **self.residual_options})
 
     def check_residual(self) -> None:
         """Raises UsageError for options that the residual connection refuses; takes no memory."""

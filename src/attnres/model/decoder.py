@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import UsageError
-from ..residual import State
-from ..residual.base import gather, release
+from ..residual.base import State, gather, release
 from .cache import KeyValueCache
 from .config import DecoderConfig
 from .layer import Layer

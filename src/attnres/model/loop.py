@@ -5,7 +5,7 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor, nn
 
-from ..residual import Residual, State
+from ..residual.base import Residual, State
 
 L = TypeVar("L")
 L_co = TypeVar("L_co", covariant=True)

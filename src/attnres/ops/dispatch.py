@@ -20,16 +20,18 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ..version import IN_FOLDER
 from .backend import Backend
 from .dry import Dry
 from .eager import Eager
-from .native.backend import NATIVE
 from .no_grad import NoGrad
 from .reference import Reference
 
 NAMES = ("auto", "reference", "eager", "native", "triton")
-TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
-"""Found at import: a compiler that traces a read must not trace the search for a package."""
+# found at import: a compiler that traces a read must not trace the search for a package
+TRITON_INSTALLED = not IN_FOLDER and importlib.util.find_spec("triton") is not None
+if not IN_FOLDER:  # a model's folder carries the formulas alone
+    from .native.backend import NATIVE
 
 _REFERENCE, _EAGER, _NO_GRAD, _DRY = Reference(), Eager(), NoGrad(), Dry()
 _log = logging.getLogger("attnres")
@@ -47,6 +49,8 @@ def set_backend(name: str | Backend) -> None:
         raise ValueError(f"backend must be one of {', '.join(NAMES)}; it is {name!r}")
     if name == "triton" and not TRITON_INSTALLED:
         raise ValueError("backend 'triton' needs Triton, which is not installed; use 'auto' or install triton")
+    if name == "native" and IN_FOLDER:
+        raise ValueError("backend 'native' needs an installed attnres; this code came with a model; use 'auto'")
     _choice = name
 
 
@@ -88,7 +92,7 @@ def _automatic(source: Tensor, num_sources: int) -> Backend:
     if source.is_cuda and not torch.compiler.is_exporting():
         reason = _named("triton").declines(source, num_sources) if TRITON_INSTALLED else "Triton is not installed"
         name = "eager" if reason else "triton"
-    elif source.is_cpu and not torch.compiler.is_compiling():
+    elif source.is_cpu and not IN_FOLDER and not torch.compiler.is_compiling():
         reason = NATIVE.declines(source, num_sources)
         name = "eager" if reason else "native"
     _announce(name, source, reason)

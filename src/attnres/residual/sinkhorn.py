@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..version import NAMESPACE
+
 COLUMNS, ROWS = 0, 1
 
 
@@ -21,7 +23,7 @@ def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
 
     fp32 or fp64. Differentiable once. Rows sum to one to rounding, columns as far as the iterations have converged.
     """
-    return torch.ops.attnres.sinkhorn(logits, iterations)
+    return _sinkhorn(logits, iterations)
 
 
 def _tokens_last(matrices: Tensor) -> Tensor:
@@ -34,7 +36,7 @@ def _tokens_first(matrices: Tensor) -> Tensor:
     return matrices.movedim((0, 1), (-2, -1)).contiguous()
 
 
-@torch.library.custom_op("attnres::sinkhorn", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::sinkhorn", mutates_args=())
 def _sinkhorn(logits: Tensor, iterations: int) -> Tensor:
     z = _tokens_last(logits)
     for _ in range(iterations):
@@ -42,7 +44,7 @@ def _sinkhorn(logits: Tensor, iterations: int) -> Tensor:
     return _tokens_first(z.exp())
 
 
-@torch.library.custom_op("attnres::sinkhorn_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::sinkhorn_backward", mutates_args=())
 def _sinkhorn_backward(gradient: Tensor, logits: Tensor, iterations: int) -> Tensor:
     z, steps = _tokens_last(logits), []
     for _ in range(iterations):
@@ -71,7 +73,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-    return torch.ops.attnres.sinkhorn_backward(gradient, ctx.saved_tensors[0], ctx.iterations), None
+    return _sinkhorn_backward(gradient, ctx.saved_tensors[0], ctx.iterations), None
 
 
 _sinkhorn.register_autograd(_backward, setup_context=_save)

@@ -10,7 +10,6 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import transformers
@@ -31,15 +30,16 @@ from transformers.models.auto import tokenization_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, model_type_to_module_name
 from transformers.utils import output_capturing
 
-from ... import residual as residuals
 from ...errors import UsageError
-from ...residual import Residual
+from ...residual import registry
+from ...residual.base import Residual
+from ...version import IN_FOLDER
 from ..engines import StaysWhole
+from ..remote_code import check_class, saving
 from ..residual_place import check_verbs
 from ..self_speculation import DraftsItself
 from ..tensor_parallel import SharesTokens
 from . import table
-from .card import write_card
 from .checkpointing import non_reentrant
 from .packing import with_ends
 from .surgery import DepthStream, attach, check_whole, converted_layers, once_a_class
@@ -90,7 +90,7 @@ def build_residual(base: Any, entries: Sequence[Architecture], name: str, option
     they read. Raises UsageError for mechanisms and options that do not start as the plain sum.
     """
     if name not in EXACT:
-        residuals.get(name)
+        registry.get(name)
         raise UsageError(f"residual must be one of {', '.join(EXACT)}, which start as the plain sum; it is {name!r}")
     if not options.get("stream_scale", True):
         raise UsageError("stream_scale must stay True in a conversion: the model used to read a sum, not a mean")
@@ -103,7 +103,7 @@ def build_residual(base: Any, entries: Sequence[Architecture], name: str, option
             raise UsageError("schedule must not be 'two_phase' for a model whose attention and MLP run in parallel")
         if options.get("schedule") in (None, "auto"):
             options["schedule"] = "layerwise"
-    return residuals.build(name, base.config.hidden_size, 2 * len(entries), **options)
+    return registry.build(name, base.config.hidden_size, 2 * len(entries), **options)
 
 
 @once_a_class
@@ -150,7 +150,8 @@ def announce(model_type: str, module: Any) -> None:
 
 def publish_config(converted: Any, original: Any) -> None:
     """Makes AutoConfig know a converted config class, and what transformers knows of the original by its type."""
-    AutoConfig.register(converted.model_type, converted, exist_ok=True)
+    if not IN_FOLDER:  # code that a folder carries is for that folder
+        AutoConfig.register(converted.model_type, converted, exist_ok=True)
     _share_checkpoint_layout(original.model_type, converted.model_type)
     _share_tokenizer(original.model_type, converted.model_type)
 
@@ -203,7 +204,7 @@ def converted_model_class(original: Any) -> Any:
         "_init_weights": _init_weights,
         "_set_gradient_checkpointing": _set_gradient_checkpointing,
         "sublayers": sublayers,
-        "save_pretrained": saving_with_card(original),
+        "save_pretrained": saving(original.save_pretrained, names_of),
         "config_class": converted_config_class(original.config_class),
         "original": original,
     }
@@ -214,16 +215,20 @@ def converted_model_class(original: Any) -> Any:
     return converted
 
 
-def saving_with_card(original: Any) -> Callable[..., None]:
-    """`save_pretrained` of a class, which writes a model card too."""
-
-    @functools.wraps(original.save_pretrained)
-    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        original.save_pretrained(self, save_directory, *args, **kwargs)
-        if (args[0] if args else kwargs.get("is_main_process", True)) and Path(save_directory).is_dir():
-            write_card(self, Path(save_directory))
-
-    return save_pretrained
+def names_of(model: Any) -> dict[str, str]:
+    """`remote_code.Names` of a converted model."""
+    check_class(model, ["hf.convert.classes"])
+    config_class, entries = type(model.config), table.ARCHITECTURES.get(type(model.config).original.model_type)
+    if entries is not None and not table.is_proven(base_of(model)):
+        raise UsageError("remote_code=True cannot write an architecture that you registered; the folder would lack it")
+    found = {auto.__name__: auto._model_mapping.get(config_class.original, None) for auto in AUTO_CLASSES}
+    originals = {"AutoConfig": config_class.original, **{auto: kind for auto, kind in found.items() if kind}}
+    for kind in (model.original, *originals.values()):
+        if getattr(transformers, kind.__name__, None) is not kind:
+            raise UsageError(
+                f"remote_code=True cannot write the code of {kind.__name__}, which is in {kind.__module__}"
+            )
+    return {auto: f"hf.convert.classes.{CLASS_PREFIX}{kind.__name__}" for auto, kind in originals.items()}
 
 
 def publish_model(converted: type, original: Any) -> None:

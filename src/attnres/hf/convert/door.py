@@ -114,6 +114,7 @@ def load_weights(model_class: Any, folder: str | Path, dropped: bool = False, **
     """
     # sizes that do not match are reported below, with their names
     options |= {"output_loading_info": True, "use_safetensors": True, "ignore_mismatched_sizes": True}
+    options["trust_remote_code"] = False  # and nobody is asked
     place, more = place_of(folder)
     try:
         model, report = model_class.from_pretrained(place, **options, **more)
@@ -156,7 +157,7 @@ def read_config(folder: str | Path) -> Any:
         raise UsageError(f"{folder} is no model: it has no config.json; give the folder of a transformers model")
     _register_stored(Path(folder))
     try:
-        config = AutoConfig.from_pretrained(place, **more)
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False, **more)
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{folder} is no model: it has no config that can be read: {first_line(error)}") from error
     table.check_config(config)
@@ -222,8 +223,10 @@ def _check_model(model: Any) -> None:
 
 
 def _is_quantised(module: nn.Module) -> bool:
-    integers = any(not p.is_floating_point() for p in module.parameters(recurse=False))
-    return integers or "quantized" in type(module).__module__
+    parameters = list(module.parameters(recurse=False))
+    integers = any(not p.is_floating_point() for p in parameters)
+    packed = any(type(p).__module__.startswith("torchao.") for p in parameters)  # which say that they are floats
+    return integers or packed or "quantized" in type(module).__module__
 
 
 def _give_own_config(model: Any, residual: str, options: dict[str, Any]) -> None:

@@ -13,9 +13,9 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from ... import json_text
 from ...errors import Failure, UsageError
 from ...files import is_gguf
+from ..card import write_card
 from ..kimi_k3 import door as kimi_k3
 from ..vocabulary import open_tokenizer
-from .card import write_card
 from .door import convert, load, load_pretrained, read_config
 from .proof import Sample, sample_tokens
 

@@ -18,8 +18,8 @@ from torch.utils import _pytree as pytree
 from ...errors import UsageError
 from ...model.loop import run
 from ...model.token_shards import TokenShards
-from ...residual import DepthAttention, Residual, State
-from ...residual.base import gather, release
+from ...residual.base import Residual, State, gather, release
+from ...residual.depth_attention import DepthAttention
 from ..packing import STATEFUL
 from ..residual_place import rows_on
 from ..tensor_parallel import shards_of

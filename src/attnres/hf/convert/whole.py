@@ -8,7 +8,9 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
-from .classes import AUTO_CLASSES, CLASS_PREFIX, made_for, publish_config, publish_model, saving_with_card, upgrade
+from ...errors import UsageError
+from ..remote_code import saving
+from .classes import AUTO_CLASSES, CLASS_PREFIX, made_for, publish_config, publish_model, upgrade
 from .part import Place, models_with
 from .surgery import once_a_class
 from .table import TYPE_PREFIX
@@ -89,7 +91,7 @@ def whole_model_class(original: Any) -> Any:
         "__module__": __name__,
         "__doc__": f"A {original.__name__} around a language model with Attention Residuals.",
         "__init__": __init__,
-        "save_pretrained": saving_with_card(original),
+        "save_pretrained": saving(original.save_pretrained, refuse_code),
         "config_class": whole_config_class(original.config_class),
         "original": original,
     }
@@ -97,6 +99,13 @@ def whole_model_class(original: Any) -> Any:
     globals()[converted.__name__] = converted
     publish_model(converted, original)
     return converted
+
+
+def refuse_code(model: Any) -> dict[str, str]:
+    """`remote_code.Names` of such a model: it has none."""
+    raise UsageError(
+        f"remote_code=True is for language models; a {type(model).__name__} needs attnres where it is loaded"
+    )
 
 
 @once_a_class

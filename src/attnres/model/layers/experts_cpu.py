@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...version import NAMESPACE
 from .activation import SILU, Activation
 
 
@@ -40,7 +41,7 @@ def token_experts(
     return _experts(x_ND, weight_R, token_R, count_E, gate_EID, up_EID, down_EDI, *activation)[0]
 
 
-@torch.library.custom_op("attnres::token_experts", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::token_experts", mutates_args=())
 def _experts(
     x_ND: Tensor,
     weight_R: Tensor,
@@ -68,7 +69,7 @@ def _experts(
     return y_ND.to(x_ND.dtype), gate_RI, up_RI
 
 
-@torch.library.custom_op("attnres::token_experts_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::token_experts_backward", mutates_args=())
 def _backward(
     dy_ND: Tensor,
     x_ND: Tensor,

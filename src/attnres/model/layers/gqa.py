@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...version import NAMESPACE
 from ..config import DecoderConfig, DecoderShape
 from ..layer import Layer, layer_input
 
@@ -189,7 +190,7 @@ def _rotary_factors(positions: Tensor, head_dim: int, theta: float) -> tuple[Ten
 
 
 # a compiler would compute powers, cosines and sines anew for every element of every head of every layer
-_opaque_rotary_factors = torch.library.custom_op("attnres::rotary_factors", _rotary_factors, mutates_args=())
+_opaque_rotary_factors = torch.library.custom_op(f"{NAMESPACE}::rotary_factors", _rotary_factors, mutates_args=())
 
 
 @_opaque_rotary_factors.register_fake
