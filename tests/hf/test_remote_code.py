@@ -86,13 +86,21 @@ except ModuleNotFoundError as error:
 
 del sys.modules["attnres"]
 import attnres.hf  # afterwards the package serves, and what was loaded before goes on with its own code
-for name, model in models.items():
+for name, carried in models.items():
     ours = AutoModelForCausalLM.from_pretrained(folder / "again" / name).eval()
     assert type(ours).__module__.startswith("attnres.hf."), type(ours)
-    torch.testing.assert_close(ours(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
-for model in (models["block_attnres"], AutoModelForCausalLM.from_pretrained(folder / "again" / "block_attnres")):
-    compiled = torch.compile(model, backend="eager")
-    torch.testing.assert_close(compiled(ids, use_cache=False).logits, models["block_attnres"](ids).logits)
+    torch.testing.assert_close(ours(ids).logits, carried(ids).logits, rtol=1e-4, atol=1e-4)
+ours = AutoModelForCausalLM.from_pretrained(folder / "again" / "block_attnres")
+for model, name in ((ours, "attnres"), (models["block_attnres"], "transformers_modules")):
+    called = []  # operators, which torch knows by their names alone
+
+    def backend(graph, inputs):
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True)(ids, use_cache=False)
+    torch.testing.assert_close(compiled.logits, models["block_attnres"](ids).logits, rtol=1e-4, atol=1e-4)
+    assert [operator for operator in called if operator.startswith(name) and "rotary_factors" in operator], called
 print("all as expected")
 """
 
