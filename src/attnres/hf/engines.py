@@ -3,11 +3,14 @@
 It is known by the name of its attention function, which it writes into a config before it builds the model.
 """
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
-from ..model.layers.gqa import Attention
-from .configuration import AttnResConfig
+
+if TYPE_CHECKING:
+    from .configuration import AttnResConfig
 
 VLLM = "vllm"
 
@@ -35,6 +38,8 @@ def adapt_to_vllm(config: AttnResConfig) -> None:
     """
     if config._attn_implementation != VLLM:
         return
+    from ..model.layers.gqa import Attention  # which converted models do without
+
     for name, kind in zip(config.attention_kinds, config.layer_kinds[::2], strict=True):
         if not issubclass(kind, Attention):
             raise UsageError(
