@@ -6,9 +6,9 @@ does (`PRE_TOKENIZERS`). Sources: llama.cpp's `src/llama-vocab.cpp` and `convers
 
 from __future__ import annotations
 
-import json
 from typing import Any, NamedTuple
 
+from .. import json_text
 from ..data.tokenizer import Tokenizer
 from ..errors import UsageError
 
@@ -55,7 +55,7 @@ class Vocabulary(NamedTuple):
 
 def vocabulary(tokenizer: Tokenizer, special: dict[str, int], chat_template: str | None) -> Vocabulary:
     """What a GGUF file says of a tokenizer. Raises UsageError, which names what llama.cpp cannot do of it."""
-    fields = json.loads(tokenizer.to_json())
+    fields = json_text.parse_object(tokenizer.to_json())
     model = fields["model"]
     if model.get("type", "BPE") != "BPE":
         raise _refused(f"is of the kind {model['type']}")

@@ -139,7 +139,7 @@ class UpgradeConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values only."""
-        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
+        return json_text.parse_object(json.dumps(dataclasses.asdict(self), default=str))
 
 
 @contextmanager
