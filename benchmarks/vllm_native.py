@@ -136,8 +136,7 @@ def report(times: timing.Times, arguments: argparse.Namespace) -> None:
         f"OMP_NUM_THREADS={facts['threads']}, commit {facts['commit']}, {facts['date']}: {mode}, "
         f"{arguments.requests} requests at once of {PROMPTS[0]} to {PROMPTS[1]} tokens, {arguments.tokens} generated "
         f"for each, width {arguments.width}, {arguments.blocks} Transformer blocks, vocabulary 4096, float32, medians "
-        f"of {arguments.repeats} rounds (lowest to highest); ratios are medians of the rounds' own. Other programs ran "
-        "beside it.",
+        f"of {arguments.repeats} rounds (lowest to highest); ratios are medians of the rounds' own.",
         "",
         "| | tokens/s | CPU time of a round, s | of PreNorm's, alike | of the Transformers backend's |",
         "|---|---|---|---|---|",
