@@ -1,4 +1,4 @@
-"""Forward and backward of a mixture of experts against a dense SwiGLU of equal activated size.
+"""Forward and backward of a mixture of experts against a dense GatedMLP of equal activated size.
 
     PYTHONPATH=src python benchmarks/moe.py          # minutes: 8 of 64 experts, d=512, 2048 and 8192 tokens
     PYTHONPATH=src python benchmarks/moe.py --quick  # seconds, to see that it works
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from attnres.model.layers.experts import MixtureOfExperts
-from attnres.model.layers.feed_forward import SwiGLU
+from attnres.model.layers.feed_forward import GatedMLP
 from attnres.run import hardware
 
 GOAL = 1.5
@@ -96,7 +96,7 @@ def measure(
     """Milliseconds of both layers, and the ratio of their medians."""
     torch.manual_seed(0)
     sizes = {"hidden_size": width, "intermediate_size": inner, "num_experts": experts, "experts_per_token": chosen}
-    layers = (MixtureOfExperts(**sizes, num_shared_experts=0).to(device), SwiGLU(width, chosen * inner).to(device))
+    layers = (MixtureOfExperts(**sizes, num_shared_experts=0).to(device), GatedMLP(width, chosen * inner).to(device))
     x = torch.randn(1, tokens, width, device=device, requires_grad=True)
     gradient = torch.randn_like(x)
 
