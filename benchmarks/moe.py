@@ -1,4 +1,4 @@
-"""Forward and backward of a mixture of experts against a dense GatedMLP of equal activated size.
+"""Forward and backward of a mixture of experts against a dense SwiGLU of equal activated size.
 
     PYTHONPATH=src python benchmarks/moe.py          # minutes: 8 of 64 experts, d=512, 2048 and 8192 tokens
     PYTHONPATH=src python benchmarks/moe.py --quick  # seconds, to see that it works
