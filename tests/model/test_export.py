@@ -17,6 +17,7 @@ from attnres.model.cache import KeyValueCache
 from attnres.model.layers.kda import KDAState
 from attnres.ops import dispatch
 from attnres.ops.eager import Eager
+from attnres.ops.exporting import is_exporting
 
 PAGE = Path(__file__).parents[2] / "docs" / "onnx.md"
 BLOCK = dict(residual="block_attnres", residual_options={"num_blocks": 2})
@@ -146,6 +147,20 @@ def test_an_exporter_gets_the_formulas_on_a_gpu_too(monkeypatch):
     """Which a fake tensor stands for; a kernel would be an op of this package."""
     monkeypatch.setattr(dispatch, "TRITON_INSTALLED", True)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    monkeypatch.setattr("attnres.ops.dispatch.is_exporting", lambda: True)
     with FakeTensorMode():
         assert type(dispatch.select(torch.empty(2, 16, device="cuda"), 3)) is Eager
+
+
+def test_a_compiler_is_not_taken_for_an_exporter():
+    """With torch 2.11 it is by torch's own question, and reads would go to the formulas on a GPU."""
+
+    class Asked(torch.nn.Module):
+        def forward(self, x):
+            return x + (1 if is_exporting() else 2)
+
+    x = torch.zeros(2)
+    assert (Asked()(x) == 2).all()
+    assert (torch.compile(Asked(), backend="eager", fullgraph=True)(x) == 2).all()
+    for strict in (False, True):
+        assert (export(Asked(), (x,), strict=strict).module()(x) == 1).all()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import UsageError
+from ..ops.exporting import is_exporting
 from ..residual.base import State, gather, release
 from .cache import KeyValueCache
 from .config import DecoderConfig
@@ -113,7 +114,7 @@ class Backbone(nn.Module):
         assert self.config.head_dim is not None
         cos, sin = rotary_factors(positions[None], self.config.head_dim, self.config.rope_theta)
         mask = None
-        if cache is not None and torch.compiler.is_exporting():  # one program for any number of earlier and new tokens
+        if cache is not None and is_exporting():  # one program for any number of earlier and new tokens
             mask = torch.arange(past + tokens, device=device) <= positions[:, None]
         return Context(cos, sin, mask, cache)
 

@@ -24,6 +24,7 @@ from ..version import IN_FOLDER
 from .backend import Backend
 from .dry import Dry
 from .eager import Eager
+from .exporting import is_exporting
 from .no_grad import NoGrad
 from .reference import Reference
 
@@ -89,7 +90,7 @@ def select(source: Tensor, num_sources: int = 1, query: Tensor | None = None) ->
 
 def _automatic(source: Tensor, num_sources: int) -> Backend:
     name, reason = "eager", None
-    if source.is_cuda and not torch.compiler.is_exporting():
+    if source.is_cuda and not is_exporting():
         reason = _named("triton").declines(source, num_sources) if TRITON_INSTALLED else "Triton is not installed"
         name = "eager" if reason else "triton"
     elif source.is_cpu and not IN_FOLDER and not torch.compiler.is_compiling():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...ops.exporting import is_exporting
 from ...version import NAMESPACE
 from ..config import DecoderConfig, DecoderShape
 from ..layer import Layer, layer_input
@@ -177,7 +178,7 @@ class Attention(Layer):
 
 def rotary_factors(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """cos and sin [..., T, head_dim] in fp32 for positions [..., T]; the two halves of a head rotate together."""
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():  # a program must run without this package
+    if torch.compiler.is_compiling() and not is_exporting():  # a program must run without this package
         return _opaque_rotary_factors(positions, head_dim, theta)
     return _rotary_factors(positions, head_dim, theta)
 

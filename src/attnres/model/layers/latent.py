@@ -20,6 +20,7 @@ Shape suffixes as in `attention`, and R latent width, P shared key width, N widt
 import torch
 from torch import Tensor, nn
 
+from ...ops.exporting import is_exporting
 from ...residual.base import normed
 from ..config import DecoderConfig, DecoderShape
 from ..layer import Layer, layer_input
@@ -80,7 +81,7 @@ class MultiHeadLatentAttention(Layer):
         if context.cache is not None:
             c_B1SR, p_B1SP = context.cache.update(c_B1SR, p_B1SP, self.layer_idx)
         # none with an adapter, which wants a call, nor in an exported program, which cannot choose by the tokens
-        absorb = context.absorb and not torch.compiler.is_exporting()
+        absorb = context.absorb and not is_exporting()
         w_YR = bare_weight(self.kv_b_proj) if absorb else None
         if w_YR is not None and self.absorbs(x_BTD.shape[1], c_B1SR.shape[2]):
             o_BTHV = self.absorbed(q_BHTE, c_B1SR, p_B1SP, w_YR, context)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UsageError, check_counts
+from ...ops.exporting import is_exporting
 from ..config import DecoderConfig, DecoderShape
 from .gqa import Attention, Context, sdpa
 
@@ -36,7 +37,7 @@ class SlidingWindowAttention(Attention):
     def attend(self, q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, context: Context) -> Tensor:
         if context.attend is not sdpa:  # which gets masks for windows
             return context.attend(self, q_BHTE, k_BKSE, v_BKSE, context.window_mask)
-        if torch.compiler.is_exporting():  # a program for any number of tokens has no number of slices
+        if is_exporting():  # a program for any number of tokens has no number of slices
             return self._attend_slice(q_BHTE, k_BKSE, v_BKSE, context.mask)
         window, earlier, outputs = self.sliding_window, k_BKSE.shape[2] - q_BHTE.shape[2], []
         for first, queries in enumerate(q_BHTE.split(window, 2)):
