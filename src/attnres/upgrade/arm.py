@@ -203,8 +203,8 @@ class _Watch(TrainerCallback):
         told = {"grad_norm": logs["grad_norm"], "seconds_per_step": pace}
         self.journal.record(step=step, tokens=self._tokens(step), loss=loss, **told)
         self.durations.clear()
-        line = step % max(1, self.config.steps // 10) == 0
-        self.journal.progress(step, f"loss {loss:.4f}  held out {self.val_loss:.4f}  {pace:.2f} s/step", line)
+        tenth, before = (10 * at // self.config.steps for at in (step, step - args.logging_steps))
+        self.journal.progress(step, f"loss {loss:.4f}  held out {self.val_loss:.4f}  {pace:.2f} s/step", tenth > before)
 
     def on_save(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         self.journal.sync()
