@@ -1,5 +1,6 @@
 """What an upgrade refuses: one sentence that names the argument and the mend, before anything is trained."""
 
+import dataclasses
 import json
 import shutil
 
@@ -7,6 +8,7 @@ import pytest
 
 from attnres import hf
 from attnres.errors import UsageError
+from attnres.run import hardware
 from attnres.upgrade import UpgradeConfig, conduct, models, upgrade
 
 from .tiny import byte_tokenizer, tiny_model, write_model
@@ -88,6 +90,18 @@ def test_a_folder_of_something_else(model, texts, tmp_path):
     shutil.copy(out / "upgrade.json", tmp_path / "saved")
     with pytest.raises(AssertionError, match="would have been started"):  # nothing of this changes a result
         upgrade(UpgradeConfig(str(model), str(texts), out=out, context=32, checkpoint_every=3, device="cpu"))
+
+
+def test_a_folder_that_was_begun_in_another_precision(model, texts, tmp_path, monkeypatch):
+    """With precision left open an upgrade is of the machine that began it: its arms must not differ in that."""
+    begun = UpgradeConfig(str(model), str(texts), out=tmp_path / "out", context=32, device="cpu")
+    monkeypatch.setattr(hardware, "_cpu_has_bf16", lambda: True)
+    with pytest.raises(AssertionError, match="would have been started"):
+        upgrade(begun)
+    monkeypatch.setattr(hardware, "_cpu_has_bf16", lambda: False)
+    refused("has precision 'bfloat16', and this command has 'float32'", model, texts, begun.out, device="cpu")
+    with pytest.raises(AssertionError, match="would have been started"):
+        upgrade(dataclasses.replace(begun, precision="bfloat16"))
 
 
 def test_packages_that_are_missing(monkeypatch, model, texts, tmp_path):

@@ -13,7 +13,7 @@ from ..hf.convert.door import kind_of
 from ..hf.convert.folder import read_causal_config
 from ..lab.grid import IMPORTED_BEFORE, Cell, made_here, run_grid, write_json
 from ..parallel.mesh import launched_processes
-from ..run.folder import held
+from ..run.folder import held, settled
 from .arm import Arm, train_arm
 from .config import PLAIN, UpgradeConfig, claimed
 from .corpus import Corpus
@@ -54,6 +54,7 @@ def upgrade(config: UpgradeConfig, command: str = "") -> dict[str, Any]:
     longest = getattr(model.get_text_config(), "max_position_embeddings", None)
     if longest is not None and config.context > longest:
         raise UsageError(f"context must be at most the model's {longest} tokens; it is {config.context}")
+    config = settled(config)
     with held(config.out, wait=False):
         with claimed(config):
             corpus = Corpus(config)
