@@ -5,9 +5,10 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from attnres import hf
-from attnres.errors import UsageError
+from attnres.errors import Failure, UsageError
 from attnres.run import hardware
 from attnres.upgrade import UpgradeConfig, conduct, models, upgrade
 
@@ -112,3 +113,14 @@ def test_packages_that_are_missing(monkeypatch, model, texts, tmp_path):
     monkeypatch.undo()
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused("call it without torchrun", model, texts, tmp_path)
+
+
+def test_a_run_that_does_not_fit_memory(model, texts, tmp_path, monkeypatch):
+    def run_grid(cells, measure, **options):
+        if measure is conduct.prove:
+            return [{"packed": True, "conversions": {}}]
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(conduct, "run_grid", run_grid)
+    with pytest.raises(Failure, match=r"does not fit memory \(asked for 2\.00 GiB\); lower --batch-size"):
+        upgrade(UpgradeConfig(str(model), str(texts), out=tmp_path / "out", context=32))

@@ -14,6 +14,7 @@ from ..hf.convert.folder import read_causal_config
 from ..lab.grid import IMPORTED_BEFORE, Cell, made_here, run_grid, write_json
 from ..parallel.mesh import launched_processes
 from ..run.folder import held, settled
+from ..train.shortage import telling_shortage
 from .arm import Arm, train_arm
 from .config import PLAIN, UpgradeConfig, claimed
 from .corpus import Corpus
@@ -69,7 +70,8 @@ def upgrade(config: UpgradeConfig, command: str = "") -> dict[str, Any]:
             for seed in config.seeds
             for arm in config.arms
         ]
-        found = run_grid(arms, measure=train_arm, preload=PRELOAD, keep_checkpoints=False)
+        with telling_shortage(_too_large):
+            found = run_grid(arms, measure=train_arm, preload=PRELOAD, keep_checkpoints=False)
         _hand_over(next(cell.config.out for cell in arms if cell.config.keep_model), config.out / "upgraded")
         summary = summarise(found, config.arms)
         told = finding(summary, config, len(found[0]["window_losses"]))
@@ -93,6 +95,13 @@ def upgrade(config: UpgradeConfig, command: str = "") -> dict[str, Any]:
         write_json(config.out / "results.json", results)
         write_report(results, config.out)
     return results
+
+
+def _too_large(asked: str) -> str:
+    return (
+        f"a run does not fit memory{asked}; lower --batch-size (a larger --accumulate keeps a step's rows) or "
+        "--context, with another --out, or try --train lora"
+    )
 
 
 def _say(text: str) -> None:
