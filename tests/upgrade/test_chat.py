@@ -7,7 +7,7 @@ import pytest
 from attnres.errors import UsageError
 from attnres.upgrade.chat import conversations, has_conversations, rendered
 
-from .tiny import CHATML, MARKED, byte_tokenizer, write_texts
+from .tiny import CHATML, MARKED, byte_tokenizer, write_chats, write_texts
 
 TALK = [
     {"role": "system", "content": "Be brief."},
@@ -113,3 +113,14 @@ def test_texts_are_no_conversations(tmp_path):
 def test_a_tokenizer_without_a_template_is_refused(chats):
     with pytest.raises(UsageError, match=r"has no chat template; set tokenizer\.chat_template"):
         conversations(str(chats), byte_tokenizer(None), 64)
+
+
+def test_files_of_conversations_are_those_that_a_corpus_has(tmp_path):
+    (tmp_path / ".hidden").mkdir()
+    write_chats(tmp_path / ".hidden" / "old.jsonl")
+    assert not has_conversations(str(tmp_path))
+    (tmp_path / "more").mkdir()
+    write_chats(tmp_path / "more" / "chats.jsonl", 9)
+    assert has_conversations(str(tmp_path))
+    train, held_out = conversations(str(tmp_path), byte_tokenizer(), 99)
+    assert len(train) + len(held_out) == 9

@@ -1,12 +1,15 @@
 """What an upgrade refuses: one sentence that names the argument and the mend, before anything is trained."""
 
+import dataclasses
 import json
 import shutil
 
 import pytest
+import torch
 
 from attnres import hf
-from attnres.errors import UsageError
+from attnres.errors import Failure, UsageError
+from attnres.run import hardware
 from attnres.upgrade import UpgradeConfig, conduct, models, upgrade
 
 from .tiny import byte_tokenizer, tiny_model, write_model
@@ -90,6 +93,18 @@ def test_a_folder_of_something_else(model, texts, tmp_path):
         upgrade(UpgradeConfig(str(model), str(texts), out=out, context=32, checkpoint_every=3, device="cpu"))
 
 
+def test_a_folder_that_was_begun_in_another_precision(model, texts, tmp_path, monkeypatch):
+    """With precision left open an upgrade is of the machine that began it: its arms must not differ in that."""
+    begun = UpgradeConfig(str(model), str(texts), out=tmp_path / "out", context=32, device="cpu")
+    monkeypatch.setattr(hardware, "_cpu_has_bf16", lambda: True)
+    with pytest.raises(AssertionError, match="would have been started"):
+        upgrade(begun)
+    monkeypatch.setattr(hardware, "_cpu_has_bf16", lambda: False)
+    refused("has precision 'bfloat16', and this command has 'float32'", model, texts, begun.out, device="cpu")
+    with pytest.raises(AssertionError, match="would have been started"):
+        upgrade(dataclasses.replace(begun, precision="bfloat16"))
+
+
 def test_packages_that_are_missing(monkeypatch, model, texts, tmp_path):
     monkeypatch.setattr(models, "find_spec", lambda name: None if name == "peft" else object())
     refused("train='lora' needs the package peft; run: pip install peft", model, texts, tmp_path, train="lora")
@@ -98,3 +113,14 @@ def test_packages_that_are_missing(monkeypatch, model, texts, tmp_path):
     monkeypatch.undo()
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused("call it without torchrun", model, texts, tmp_path)
+
+
+def test_a_run_that_does_not_fit_memory(model, texts, tmp_path, monkeypatch):
+    def run_grid(cells, measure, **options):
+        if measure is conduct.prove:
+            return [{"packed": True, "conversions": {}}]
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(conduct, "run_grid", run_grid)
+    with pytest.raises(Failure, match=r"does not fit memory \(asked for 2\.00 GiB\); lower --batch-size"):
+        upgrade(UpgradeConfig(str(model), str(texts), out=tmp_path / "out", context=32))

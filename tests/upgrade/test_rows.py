@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from attnres import hf
+from attnres.errors import Failure
 from attnres.upgrade.documents import cut, documents
+from attnres.upgrade.held_out import losses
 from attnres.upgrade.proof import LENGTH, keeps_apart
 from attnres.upgrade.rows import IGNORED, Tokens, opened, order, pack, save
 
@@ -72,6 +74,7 @@ def test_rows_are_read_as_they_were_written(tmp_path):
     again = opened(tmp_path / "rows", True)
     assert all(torch.equal(rows[i][name], again[i][name]) for i in range(2) for name in rows[i])
     assert again.spread(1).ids.tolist() == rows.ids[:1].tolist() and len(again.spread(9)) == 2
+    assert pack(sequences(8, 8, 8, 8, 8), 8, 0, True).spread(2).ids[:, 0].tolist() == [0, 16]
 
 
 @torch.no_grad()
@@ -146,3 +149,10 @@ def test_documents_begin_with_what_the_tokenizer_puts_in_front(tmp_path, monkeyp
     (tmp_path / "a.txt").write_text("abc" * 30)
     _, train, _ = documents(str(tmp_path / "a.txt"), tokenizer, "text")
     assert train[0][0] == tokenizer.bos_token_id and train[0][1] == 97
+
+
+def test_a_loss_that_is_not_finite_ends_the_run():
+    model = tiny_model()
+    model.lm_head.weight.data.fill_(torch.nan)
+    with pytest.raises(Failure, match="the held-out loss is nan; lower --lr"):
+        losses(model, pack(sequences(8, 8), 8, 0, True), 2, torch.device("cpu"), torch.float32)

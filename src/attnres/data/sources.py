@@ -91,6 +91,14 @@ def open_source(data: str, text_column: str) -> Source:
     return _dataset_source(data, lambda library: library.load_dataset(name, config or None, split="train"), text_column)
 
 
+def record_files(data: str) -> list[Path]:
+    """The JSONL and Parquet files of a corpus, as `open_source` has them: the one that `data` names, or those of the
+    folder; none where it names something else."""
+    path = user_path(data)
+    files = _walk(path) if data and path.is_dir() else [path] if path.is_file() else []
+    return [file for file in files if _is_known(file) and kind(file) in RECORD_SUFFIXES]
+
+
 def _is_known(path: Path) -> bool:
     suffix = kind(path)
     if suffix == records.PARQUET:  # which compresses its own columns

@@ -30,7 +30,7 @@ def parameter_groups(
     for name, value in (("lr", lr), ("weight_decay", weight_decay), ("query_lr", query_lr)):
         if not value >= 0:
             raise UsageError(f"{name} must be zero or positive; it is {value}")
-    residual = {p for module in model.modules() if isinstance(module, Residual) for p in module.parameters()}
+    residual = residual_parameters(model)
     members: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -40,6 +40,11 @@ def parameter_groups(
     if not members:
         raise UsageError("model has no trainable parameters; set requires_grad on those that should learn")
     return [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in members.items()]
+
+
+def residual_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """What the residual connections of a model own, native or converted."""
+    return {p for module in model.modules() if isinstance(module, Residual) for p in module.parameters()}
 
 
 def spare_residuals() -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from .. import residual as residuals
-from ..errors import UsageError
+from ..errors import UsageError, check_each_once
 from ..model import DecoderConfig
 from ..model.config import MOST
 from ..run.config import TrainConfig
@@ -37,10 +37,7 @@ class Experiment:
             values = getattr(self, f.name)
             if isinstance(values, list | tuple):
                 setattr(self, f.name, tuple(values))
-                if not values or len(set(values)) != len(values):
-                    raise UsageError(
-                        f"{f.name} must name at least one, each once; it is {', '.join(map(str, values))!r}"
-                    )
+                check_each_once(**{f.name: values})
         entries: tuple[str, ...] = getattr(self, "residuals", ())
         parsed = [residuals.named(entry) for entry in entries]
         if any(one in parsed[:i] for i, one in enumerate(parsed)):

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 from .. import files, json_text
 from ..errors import Failure, UsageError
@@ -20,6 +21,7 @@ from .optim_config import same_rates
 from .stored import Stored
 
 LOGGER = logging.getLogger(__name__)
+C = TypeVar("C", bound=Any)
 
 
 def check_folder(out: Path, resume: bool) -> None:
@@ -94,8 +96,11 @@ def continued(saved: TrainConfig, config: TrainConfig) -> TrainConfig:
     return config
 
 
-def settled(config: TrainConfig) -> TrainConfig:
-    """`config` with a precision that does not depend on the machine any more: what this one has for "auto"."""
+def settled(config: C) -> C:
+    """`config` with a precision that does not depend on the machine any more: what this one has for "auto".
+
+    config: a TrainConfig, or another dataclass with device and precision.
+    """
     precision = hardware.find_precision(config.precision, hardware.find_device(config.device))
     return dataclasses.replace(config, precision=hardware.name_of(precision))
 

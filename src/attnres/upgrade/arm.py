@@ -19,6 +19,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from .. import files
 from ..errors import Failure
 from ..hf.convert.folder import write_folder
+from ..lab.experiment import folder
 from ..run import hardware
 from ..train.journal import Journal, read_metrics
 from ..train.signals import stop_signals
@@ -46,7 +47,7 @@ class Arm:
 
     @property
     def out(self) -> Path:
-        return self.upgrade.out / "runs" / f"{self.residual.replace(':', '-')}-seed{self.seed}"
+        return self.upgrade.out / "runs" / f"{folder(self.residual)}-seed{self.seed}"
 
 
 def train_arm(arm: Arm) -> dict[str, Any]:
@@ -107,7 +108,9 @@ def _train(arm: Arm, model: Any, held_out: stored.Rows, device: torch.device, pr
     after = None if last is None else int(last.name.rpartition("-")[2])
     journal = Journal(arm.out, config.steps, after, f"{arm.residual}, seed {arm.seed}")
     with stop_signals() as stopped:
-        watch = _Watch(journal, arm, stopped, lambda: losses(model, held_out, config.batch_size, device, precision))
+        watch = _Watch(
+            journal, arm, device, stopped, lambda: losses(model, held_out, config.batch_size, device, precision)
+        )
         trainer = _InOrder(
             model,
             TrainingArguments(
@@ -169,11 +172,12 @@ class _InOrder(Trainer):
 class _Watch(TrainerCallback):
     """Writes what happens to the journal, held-out losses included, stops at a signal and marks whole checkpoints."""
 
-    def __init__(self, journal: Journal, arm: Arm, stopped: list[int], look: Callable[[], Losses]) -> None:
-        self.journal, self.config, self.stopped, self.look = journal, arm.upgrade, stopped, look
+    def __init__(
+        self, journal: Journal, arm: Arm, device: torch.device, stopped: list[int], look: Callable[[], Losses]
+    ) -> None:
+        self.journal, self.config, self.device, self.stopped, self.look = journal, arm.upgrade, device, stopped, look
         self.began, self.durations = 0.0, list[float]()
         self.val_loss = next((r["val_loss"] for r in reversed(read_metrics(arm.out)) if "val_loss" in r), math.nan)
-        self.device = hardware.find_device(self.config.device)
 
     def validate(self, step: int) -> None:
         self.val_loss = self.look().mean
@@ -199,26 +203,26 @@ class _Watch(TrainerCallback):
         told = {"grad_norm": logs["grad_norm"], "seconds_per_step": pace}
         self.journal.record(step=step, tokens=self._tokens(step), loss=loss, **told)
         self.durations.clear()
-        line = step % max(1, self.config.steps // 10) == 0
-        self.journal.progress(step, f"loss {loss:.4f}  held out {self.val_loss:.4f}  {pace:.2f} s/step", line)
+        tenth, before = (10 * at // self.config.steps for at in (step, step - args.logging_steps))
+        self.journal.progress(step, f"loss {loss:.4f}  held out {self.val_loss:.4f}  {pace:.2f} s/step", tenth > before)
 
     def on_save(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         self.journal.sync()
-        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        made = Path(args.output_dir, f"checkpoint-{state.global_step}")
         try:
-            for path in folder.iterdir():
+            for path in made.iterdir():
                 files.sync(path)
-            files.write(folder / WHOLE, "")
+            files.write(made / WHOLE, "")
         except OSError as error:
-            raise Failure(f"cannot write {folder}: {error.strerror}; free some space and call again") from error
+            raise Failure(f"cannot write {made}: {error.strerror}; free some space and call again") from error
 
     def _tokens(self, step: int) -> int:
         return step * self.config.rows_per_step * self.config.context
 
 
-def _newest_whole(folder: Path) -> Path | None:
+def _newest_whole(checkpoints: Path) -> Path | None:
     """The newest checkpoint that was written to its end; others are removed."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    found = sorted(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     for path in found:
         if not (path / WHOLE).exists():
             shutil.rmtree(path)

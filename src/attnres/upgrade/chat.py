@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,7 @@ import numpy as np
 
 from ..data import records
 from ..data.corpus import is_held_out
-from ..data.pieces import kind
-from ..data.sources import RECORD_SUFFIXES
+from ..data.sources import record_files
 from ..errors import UsageError, first_line
 from .rows import Tokens
 
@@ -26,12 +24,10 @@ _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 def has_conversations(data: str) -> bool:
     """Whether `data` names a file of records, or a folder of such files, with conversations in `messages`."""
-    for path in _files(data):
-        try:
-            return next(records.values(path, COLUMN), None) is not None
-        except UsageError:  # no such column; whatever else is wrong, who reads texts will tell
-            return False
-    return False
+    try:
+        return any(True for path in record_files(data)[:1] for _ in records.values(path, COLUMN))
+    except UsageError:  # no such column; whatever else is wrong, who reads texts will tell
+        return False
 
 
 def conversations(data: str, tokenizer: Any, context: int) -> tuple[list[Tokens], list[Tokens]]:
@@ -47,7 +43,7 @@ def conversations(data: str, tokenizer: Any, context: int) -> tuple[list[Tokens]
     train: list[Tokens] = []
     held_out: list[Tokens] = []
     cut = without = lost = 0
-    for path in _files(data):
+    for path in record_files(data):
         for place, messages in records.values(path, COLUMN):
             tokens, missing = rendered(messages, tokenizer, place)
             lost += missing
@@ -127,9 +123,3 @@ def _answer(messages: list[Any], i: int, text: str, tokenizer: Any) -> tuple[int
 
 def _text(messages: list[Any], tokenizer: Any, **options: Any) -> str:
     return tokenizer.apply_chat_template(messages, tokenize=False, **options)
-
-
-def _files(data: str) -> Iterator[Path]:
-    path = Path(data)
-    found = sorted(path.rglob("*")) if path.is_dir() else [path]
-    yield from (file for file in found if kind(file) in RECORD_SUFFIXES and file.is_file())

@@ -13,7 +13,8 @@ from ..hf.convert.door import kind_of
 from ..hf.convert.folder import read_causal_config
 from ..lab.grid import IMPORTED_BEFORE, Cell, made_here, run_grid, write_json
 from ..parallel.mesh import launched_processes
-from ..run.folder import held
+from ..run.folder import held, settled
+from ..train.shortage import telling_shortage
 from .arm import Arm, train_arm
 from .config import PLAIN, UpgradeConfig, claimed
 from .corpus import Corpus
@@ -54,6 +55,7 @@ def upgrade(config: UpgradeConfig, command: str = "") -> dict[str, Any]:
     longest = getattr(model.get_text_config(), "max_position_embeddings", None)
     if longest is not None and config.context > longest:
         raise UsageError(f"context must be at most the model's {longest} tokens; it is {config.context}")
+    config = settled(config)
     with held(config.out, wait=False):
         with claimed(config):
             corpus = Corpus(config)
@@ -68,7 +70,8 @@ def upgrade(config: UpgradeConfig, command: str = "") -> dict[str, Any]:
             for seed in config.seeds
             for arm in config.arms
         ]
-        found = run_grid(arms, measure=train_arm, preload=PRELOAD, keep_checkpoints=False)
+        with telling_shortage(_too_large):
+            found = run_grid(arms, measure=train_arm, preload=PRELOAD, keep_checkpoints=False)
         _hand_over(next(cell.config.out for cell in arms if cell.config.keep_model), config.out / "upgraded")
         summary = summarise(found, config.arms)
         told = finding(summary, config, len(found[0]["window_losses"]))
@@ -92,6 +95,13 @@ def upgrade(config: UpgradeConfig, command: str = "") -> dict[str, Any]:
         write_json(config.out / "results.json", results)
         write_report(results, config.out)
     return results
+
+
+def _too_large(asked: str) -> str:
+    return (
+        f"a run does not fit memory{asked}; lower --batch-size (a larger --accumulate keeps a step's rows) or "
+        "--context, with another --out, or try --train lora"
+    )
 
 
 def _say(text: str) -> None:

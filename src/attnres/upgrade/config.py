@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from .. import files, json_text
 from .. import residual as residuals
-from ..errors import Failure, UsageError, check_counts
+from ..errors import Failure, UsageError, check_counts, check_each_once
 from ..files import user_path
 
 PLAIN = "plain"
@@ -100,10 +100,7 @@ class UpgradeConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise UsageError(f"{name} must be a positive number; it is {value}")
-        for name in ("seeds", "residual"):
-            values = getattr(self, name)
-            if not values or len(set(values)) != len(values):
-                raise UsageError(f"{name} must name at least one, each once; it is {', '.join(map(str, values))!r}")
+        check_each_once(seeds=self.seeds, residual=self.residual)
         check_counts(0, **{f"seeds[{i}]": seed for i, seed in enumerate(self.seeds)})
         converted = [self.conversion(entry)[1] for entry in self.residual]
         for name in ("num_blocks", "block_size"):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from pathlib import Path
 from typing import Any
 
 from .. import files, json_text
-from ..errors import Failure, UsageError
+from ..errors import UsageError
 from ..hf.vocabulary import check_vocabulary, open_tokenizer
+from ..lab.grid import write_json
 from .chat import conversations, has_conversations
 from .config import UpgradeConfig
 from .documents import cut, documents
@@ -29,6 +29,7 @@ class Corpus:
         self.about: dict[str, Any] = json_text.parse_object(files.read(self.file)) if self.file.exists() else {}
         self.sides: list[list[Tokens]] = []
         self.padding = 0
+        self.packed: tuple[Rows, Rows] | None = None
 
     def make(self, model: Any) -> None:
         """Finds and tokenises the data, unless the rows are there. model: the model's config.
@@ -49,17 +50,17 @@ class Corpus:
             chat = False
         self.sides, self.padding = [train, held_out], tokenizer.eos_token_id or 0
         self.about = {"name": name, "conversations": chat}
-        self._rows(packed=True)
+        self.packed = self._rows(packed=True)
 
     def settle(self, packed: bool) -> None:
         """Writes the rows, packed or not, unless they are there."""
-        if not self.sides:
+        if self.packed is None:
             return
         if not packed:
             LOGGER.warning(
                 "a row holds one sequence only: this model does not keep apart what positions that start anew separate"
             )
-        train, held_out = self._rows(packed)
+        train, held_out = self.packed if packed else self._rows(packed=False)
         config = self.config
         held_out = held_out.spread(config.validation_tokens // config.context)
         passes = config.steps * config.rows_per_step / len(train)
@@ -67,10 +68,7 @@ class Corpus:
         self.about |= {"train_tokens": train.targets, "val_tokens": held_out.targets}
         save(train, config.out / TRAIN)
         save(held_out, config.out / HELD_OUT)
-        try:
-            files.write(self.file, json.dumps(self.about) + "\n")
-        except OSError as error:
-            raise Failure(f"cannot write {self.file}: {error.strerror}; free some space and call again") from error
+        write_json(self.file, self.about)
         print(
             f"{self.about['name']}: {len(train):,} rows of {config.context} tokens to train on, {passes:.2f} times; "
             f"{len(held_out):,} held out",

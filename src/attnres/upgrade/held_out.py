@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
 from torch.utils.data import default_collate
 
+from ..errors import Failure
 from ..run import hardware
 from .rows import IGNORED, Rows
 
@@ -26,7 +28,8 @@ class Losses(NamedTuple):
 
 @torch.no_grad()
 def losses(model: Any, rows: Rows, batch_size: int, device: torch.device, precision: torch.dtype) -> Losses:
-    """The losses of a model, which is in evaluation mode meanwhile, under autocast."""
+    """The losses of a model, which is in evaluation mode meanwhile, under autocast. Raises Failure if
+    they are not finite."""
     found = Losses([], [])
     was_training = model.training
     model.eval()
@@ -41,4 +44,6 @@ def losses(model: Any, rows: Rows, batch_size: int, device: torch.device, precis
             found.sums.append(F.cross_entropy(row.float(), wanted, ignore_index=IGNORED, reduction="sum").item())
             found.counts.append(int((wanted != IGNORED).sum()))
     model.train(was_training)
+    if not math.isfinite(found.mean):
+        raise Failure(f"the held-out loss is {found.mean}; lower --lr, or give --precision float32")
     return found

@@ -11,8 +11,7 @@ from transformers.utils import logging
 
 from ..errors import UsageError
 from ..hf.convert.door import convert, load_pretrained, read_config
-from ..hf.optim import parameter_groups
-from ..residual import Residual
+from ..hf.optim import parameter_groups, residual_parameters
 from .config import PLAIN, UpgradeConfig
 
 
@@ -41,7 +40,7 @@ def open_arm(config: UpgradeConfig, arm: str, seed: int) -> Any:
     if config.train == "lora":
         return _with_adapters(model, config.lora_rank, seed)
     if config.train == "residual":
-        own = {p for module in model.modules() if isinstance(module, Residual) for p in module.parameters()}
+        own = residual_parameters(model)
         for parameter in model.parameters():
             parameter.requires_grad_(parameter in own)
     return model
@@ -69,6 +68,6 @@ def finished(model: Any, config: UpgradeConfig) -> Any:
 def _with_adapters(model: Any, rank: int, seed: int) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    kept = ["residual"] if any(isinstance(module, Residual) for module in model.modules()) else None
+    kept = ["residual"] if residual_parameters(model) else None
     torch.manual_seed(seed)
     return get_peft_model(model, LoraConfig(r=rank, target_modules="all-linear", modules_to_save=kept))
